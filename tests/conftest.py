@@ -12,6 +12,12 @@ from tests.support import parents
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Interpret Triton kernels on the CPU, unless the tests that need a GPU were asked for."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(scope="session")
 def demo_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of ``v4surgery synth --like demo``, seed 0."""

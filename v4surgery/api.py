@@ -53,6 +53,7 @@ def slice(  # noqa: A001 - the public name is v4surgery.slice
     *,
     workers: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    device: str = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Replica:
     """Write the replica of a plan; the same call again resumes, or finds it done.
@@ -62,6 +63,7 @@ def slice(  # noqa: A001 - the public name is v4surgery.slice
         out: The replica's folder; new, empty, or holding this very plan.
         workers: Threads; by default one for each core.
         memory_bytes: Bound on what the workers use together.
+        device: Where weights are decoded: auto (a GPU if there is one), cpu or cuda.
         progress: Called with payload bytes as they are written.
 
     Raises:
@@ -73,6 +75,7 @@ def slice(  # noqa: A001 - the public name is v4surgery.slice
         Path(out),
         workers=workers or default_workers(),
         memory_bytes=memory_bytes,
+        device=device,
         progress=progress,
     )
 

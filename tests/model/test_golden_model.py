@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from v4surgery.checkpoint.reader import open_checkpoint
+from v4surgery.kernels.dispatch import Ops
 from v4surgery.model.cache import Cache, LayerCache, Progress
 from v4surgery.model.loader import load_model
 from v4surgery.model.numerics import Numerics
@@ -37,12 +38,13 @@ def cosine(actual: Tensor, expected: Tensor) -> Tensor:
     return torch.cosine_similarity(actual.float(), expected.float(), dim=-1)
 
 
-@pytest.fixture(scope="module")
-def official(tiny_v4: Path) -> SimpleNamespace:
+@pytest.fixture(scope="module", params=["reference", pytest.param("triton", marks=pytest.mark.gpu)])
+def official(tiny_v4: Path, request: pytest.FixtureRequest) -> SimpleNamespace:
     """The model, what was recorded, and the 300 tokens that were one prefill."""
-    numerics = Numerics("official", torch.bfloat16)
-    model = load_model(open_checkpoint(tiny_v4), numerics, drafters=True)
-    recorded = load_file(tiny_v4 / "golden.safetensors")
+    device = "cuda" if request.param == "triton" else "cpu"
+    numerics = Numerics("official", torch.bfloat16, Ops(request.param))
+    model = load_model(open_checkpoint(tiny_v4), numerics, device=device, drafters=True)
+    recorded = load_file(tiny_v4 / "golden.safetensors", device=device)
     ids = recorded["ids"].long()[None]
     assert ids.shape == (1, LENGTH)
     return SimpleNamespace(

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from v4surgery import __version__
-from v4surgery.cli import generate, inspect, plan, recipes, slice, synth, trace, verify
+from v4surgery.cli import generate, inspect, kernels, plan, recipes, slice, synth, trace, verify
 from v4surgery.errors import V4SurgeryError
 
 INTERRUPTED = 130
@@ -35,6 +35,7 @@ app.command("slice")(slice.run)
 app.command("verify")(verify.run)
 app.command("trace")(trace.run)
 app.command("generate")(generate.run)
+app.add_typer(kernels.app, name="kernels")
 
 
 def _print_version(value: bool) -> None:

@@ -52,5 +52,8 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.")]
 Implementation = Annotated[
-    str, typer.Option(metavar="NAME", help="Which operations run: reference.")
+    str,
+    typer.Option(
+        metavar="NAME", help="Which operations run: reference (anywhere), or triton (a GPU)."
+    ),
 ]

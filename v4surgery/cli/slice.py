@@ -30,6 +30,14 @@ def run(
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Bound on what the workers use together.")
     ] = "256MB",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Where weights are decoded: auto (a GPU if there is one), cpu or cuda. The bytes "
+            "are the same.",
+        ),
+    ] = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, as plan does.")
     ] = False,
@@ -65,7 +73,12 @@ def run(
         began = time.monotonic()
         with progress_bar(total, f"slice {loaded.name}", quiet=quiet) as progress:
             replica = api.slice(
-                plan, target, workers=max_workers, memory_bytes=memory_bytes, progress=progress
+                plan,
+                target,
+                workers=max_workers,
+                memory_bytes=memory_bytes,
+                device=device,
+                progress=progress,
             )
         seconds = time.monotonic() - began
     written = replica.written

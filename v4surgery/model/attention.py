@@ -21,6 +21,8 @@ from v4surgery.model.rope import rope_frequencies
 class Attention(nn.Module):
     """The attention of one block; ``ratio`` decides its kind."""
 
+    frequencies: Tensor
+
     def __init__(self, config: V4Config, ratio: int, numerics: Numerics) -> None:
         super().__init__()
         self.config, self.ratio, self.numerics = config, ratio, numerics
@@ -53,9 +55,8 @@ class Attention(nn.Module):
         config, ops = self.config, self.numerics.ops
         qr = self.q_norm(self.wq_a(x))
         q = self.wq_b(qr).unflatten(-1, (config.num_attention_heads, config.head_dim))
-        q = ops.rms_norm(q, None, config.rms_norm_eps)
-        q = ops.rope(q, progress.positions, self.frequencies)
-        kv = ops.rope(self.kv_norm(self.wkv(x)), progress.positions, self.frequencies)
+        q = ops.norm_rope(q, None, progress.positions, self.frequencies, config.rms_norm_eps)
+        kv = self.kv_norm.rotated(self.wkv(x), progress.positions, self.frequencies)
         keys, index = self._window(self.rounded(kv), progress, cache)
         if self.compressor is not None:
             entries = self.rounded(self.compressor(x, progress, cache))
@@ -63,7 +64,7 @@ class Attention(nn.Module):
             index = torch.cat((index, torch.where(chosen < 0, -1, chosen + keys.shape[1])), -1)
             keys = torch.cat((keys, entries), 1)
         out = ops.sparse_attention(q, keys, self.attn_sink, index, config.head_dim**-0.5)
-        out = ops.rope(out, progress.positions, self.frequencies, inverse=True)
+        out = ops.rope(out, progress.positions, self.frequencies, inverse=True, inplace=True)
         return self.output(self.heads(out))
 
     def output(self, out: Tensor) -> Tensor:
@@ -79,9 +80,9 @@ class Attention(nn.Module):
         """In mode official the dims without position go to FP8 and back, in groups of 64."""
         if not self.numerics.is_official:
             return kv
-        rope = self.config.qk_rope_head_dim
-        nope = self.numerics.ops.act_quant_simulate(kv[..., :-rope], 64)
-        return torch.cat((nope, kv[..., -rope:]), -1)
+        nope = self.config.head_dim - self.config.qk_rope_head_dim
+        rounded: Tensor = self.numerics.ops.act_quant_simulate(kv, 64, num_cols=nope)
+        return rounded
 
     def _window(self, kv: Tensor, progress: Progress, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """Keys ``(B, W + S, H)``, and for each query the W that it may see, -1 before the start."""

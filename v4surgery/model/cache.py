@@ -19,17 +19,19 @@ class Progress:
         seen: Tokens before this call, int64 ``(B,)``.
         positions: Position of each token of the call, int64 ``(B, S)``.
         lengths: Tokens of the call that count, int64 ``(B,)``; the rest is padding at the end.
+        end: The most tokens that a row has after this call; known without asking the device.
     """
 
     seen: Tensor
     positions: Tensor
     lengths: Tensor
+    end: int
 
     @classmethod
     def start(cls, batch: int, device: torch.device) -> Progress:
         """Before the first token."""
         zero = torch.zeros(batch, dtype=torch.int64, device=device)
-        return cls(zero, zero[:, None][:, :0], zero)
+        return cls(zero, zero[:, None][:, :0], zero, 0)
 
     def advance(self, num_positions: int, lengths: Tensor | None = None) -> Progress:
         """The next call: ``num_positions`` tokens a row, of which ``lengths`` count."""
@@ -37,8 +39,10 @@ class Progress:
         offsets = torch.arange(num_positions, device=seen.device)
         positions = seen[:, None] + offsets
         if lengths is None:
-            lengths = torch.full_like(seen, num_positions)
-        return Progress(seen, positions, lengths)
+            lengths, end = torch.full_like(seen, num_positions), self.end + num_positions
+        else:
+            end = int((seen + lengths).max())
+        return Progress(seen, positions, lengths, end)
 
     @property
     def is_valid(self) -> Tensor:

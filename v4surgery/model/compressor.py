@@ -27,6 +27,8 @@ class Compressor(nn.Module):
         numerics: Shared settings.
     """
 
+    frequencies: Tensor
+
     def __init__(
         self,
         config: V4Config,
@@ -104,13 +106,10 @@ class Compressor(nn.Module):
         is_whole = gate.isfinite().flatten(2).all(2) | (number < 0)
         gate = torch.where(is_whole[..., None, None], gate, torch.zeros_like(gate))
         pooled = self.numerics.ops.compressor_pool(kv, gate, overlap=self.overlap)
-        entries = self.norm(pooled.to(self.numerics.dtype))
         first = origin // self.ratio + (1 if self.overlap else 0)
-        windows = first[:, None] + torch.arange(entries.shape[1], device=entries.device)
-        rotated: Tensor = self.numerics.ops.rope(
-            entries, (windows * self.ratio).clamp_min(0), self.frequencies
-        )
-        return rotated
+        windows = first[:, None] + torch.arange(pooled.shape[1], device=pooled.device)
+        positions = (windows * self.ratio).clamp_min(0)
+        return self.norm.rotated(pooled.to(self.numerics.dtype), positions, self.frequencies)
 
     def _stored(
         self,
@@ -121,7 +120,7 @@ class Compressor(nn.Module):
         last: Tensor,
     ) -> Tensor:
         """``old`` with the windows that this call completed."""
-        capacity = max(int(last.max()), old.shape[1])
+        capacity = max(progress.end // self.ratio, old.shape[1])
         grown = nn.functional.pad(old, (0, 0, 0, capacity - old.shape[1]))
         if not capacity:
             return grown

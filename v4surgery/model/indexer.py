@@ -44,7 +44,7 @@ class Indexer(nn.Module):
         """
         ops = self.numerics.ops
         q = self.wq_b(qr).unflatten(-1, (self.num_heads, self.head_dim))
-        q = self.rounded(ops.rope(q, progress.positions, self.frequencies))
+        q = self.rounded(ops.rope(q, progress.positions, self.frequencies, inplace=True))
         k = self.rounded(self.compressor(x, progress, cache))
         weights = self.weights_proj(x).float() * (self.head_dim * self.num_heads) ** -0.5
         num_visible = (progress.positions + 1) // self.ratio
@@ -55,6 +55,5 @@ class Indexer(nn.Module):
         """Rotated, and in mode official rounded to FP4; scores do not change without rounding."""
         if not self.numerics.is_official:
             return x
-        ops = self.numerics.ops
-        y: Tensor = ops.fp4_quant_simulate(ops.hadamard(x))
+        y: Tensor = self.numerics.ops.hadamard_fp4(x)
         return y

@@ -5,12 +5,13 @@ Source: spec/forward.md, "Experts".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from v4surgery.config import V4Config
+from v4surgery.kernels.expert_weights import ExpertWeights
 from v4surgery.model.linear import Linear
 from v4surgery.model.numerics import Numerics
 
@@ -35,7 +36,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Indices int64 and weights float32 ``(T, K)`` of tokens ``(T, D)`` with ids ``(T,)``."""
         config = self.config
-        logits = nn.functional.linear(x.float(), self.weight.float())
+        logits = self.numerics.ops.wide_linear(x, self.weight)
         chosen = None if self.tid2eid is None else self.tid2eid[ids]
         routed: tuple[Tensor, Tensor] = self.numerics.ops.route(
             logits,
@@ -80,8 +81,16 @@ class Probe(nn.Module):
         return value
 
 
+Matrices = tuple[ExpertWeights, ExpertWeights, ExpertWeights]
+"""w1, w2 and w3 of some experts."""
+
+
 class Experts(nn.ModuleDict):
     """Routed experts by number; those of a resident model are all in memory."""
+
+    def __init__(self, experts: Mapping[str, Expert] | None = None) -> None:
+        super().__init__(experts)
+        self._matrices: Matrices | None = None
 
     def each(self, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
         """Some experts in order."""
@@ -89,6 +98,36 @@ class Experts(nn.ModuleDict):
             module = self[str(expert)]
             assert isinstance(module, Expert)
             yield expert, module
+
+    def batches(self, indices: Tensor) -> Iterator[Matrices]:
+        """The matrices of all experts that tokens go to, as many at a time as are in memory.
+
+        Addresses are looked up once, and again after the modules were moved; a weight must not be
+        replaced by another tensor in between.
+        """
+        del indices  # all are here
+        if self._matrices is None:
+            self._matrices = self.matrices(len(self), range(len(self)))
+        yield self._matrices
+
+    def matrices(self, count: int, wanted: Iterable[int]) -> Matrices:
+        """The matrices of some of ``count`` experts; the others count as not in memory."""
+        modules = dict(Experts.each(self, tuple(wanted)))  # those that are here: nothing is read
+
+        def gather(name: str) -> ExpertWeights:
+            linears = {number: getattr(module, name) for number, module in modules.items()}
+            stored = [
+                (linears[e].weight, linears[e].scale) if e in linears else None
+                for e in range(count)
+            ]
+            return ExpertWeights(stored, next(iter(linears.values())).in_features)
+
+        return gather("w1"), gather("w2"), gather("w3")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        self._matrices = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class MoE(nn.Module):
@@ -103,6 +142,7 @@ class MoE(nn.Module):
         experts: Experts | None = None,
     ) -> None:
         super().__init__()
+        self.numerics, self.limit = numerics, config.swiglu_limit
         self.gate = Gate(config, numerics, is_hash=is_hash)
         if experts is None:
             numbers = range(config.n_routed_experts)
@@ -115,10 +155,39 @@ class MoE(nn.Module):
         """Tokens ``(B, S, D)`` with their ids ``(B, S)``."""
         flat = x.flatten(0, 1)
         indices, weights = self.gate(flat, ids.flatten())
-        total: Tensor = self.shared_experts(flat).float()
+        run = self._one_by_one if self._is_probed else self._together
+        slots = run(flat, indices, weights)
+        y: Tensor = self.numerics.ops.combine_experts(slots, indices, self.shared_experts(flat))
+        return y.view_as(x)
+
+    @property
+    def _is_probed(self) -> bool:
+        """Whether someone looks into single experts."""
+        return bool(self.neuron_probe._forward_hooks or self.output_probe._forward_hooks)
+
+    def _together(self, flat: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Every choice's output ``(T, K, D)``, all experts in one operation."""
+        numerics, slots = self.numerics, None
+        for w1, w2, w3 in self.experts.batches(indices):
+            slots = numerics.ops.experts(
+                flat,
+                indices,
+                weights,
+                w1,
+                w2,
+                w3,
+                limit=self.limit,
+                official=numerics.is_official,
+                out=slots,
+            )
+        return slots if slots is not None else flat.new_zeros(*indices.shape, flat.shape[1])
+
+    def _one_by_one(self, flat: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The same, an expert at a time, through the probes."""
+        slots = flat.new_zeros(*indices.shape, flat.shape[1])
         for number, expert in self.experts.each(indices.unique().tolist()):
             token, slot = (indices == number).nonzero(as_tuple=True)
             hidden = expert.neurons(flat[token], weights[token, slot, None])
             y = expert.w2(self.neuron_probe(hidden, number, token))
-            total = total.index_add(0, token, self.output_probe(y, number, token).float())
-        return total.to(x.dtype).view_as(x)
+            slots = slots.index_put((token, slot), self.output_probe(y, number, token))
+        return slots

@@ -19,3 +19,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.numerics.ops.rms_norm(x, self.weight, self.eps)
         return y
+
+    def rotated(self, x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+        """The norm and then RoPE, in one pass where the implementation can."""
+        ops = self.numerics.ops
+        y: Tensor = ops.norm_rope(x, self.weight, positions, frequencies, self.eps)
+        return y

@@ -11,6 +11,7 @@ from typing import Any
 from v4surgery.catalogue import I64
 from v4surgery.checkpoint.writer import Job, WriteResult, write_checkpoint
 from v4surgery.recipes import dump_recipe
+from v4surgery.slicers.decoding import Decoder, find_decoder
 from v4surgery.slicers.plan import RANDOM, REMAP, REQUANTIZE, Plan, TensorEdit
 from v4surgery.slicers.transform import WORKER_BYTES, EditJob
 from v4surgery.slicers.vocabulary import cut_companions
@@ -40,14 +41,15 @@ class Replica:
     report: Mapping[str, Any]
 
 
-def make_jobs(plan: Plan) -> list[EditJob | RandomJob]:
-    """A job of the writer for every edit."""
-    return [_job(plan, edit) for edit in plan.edits]
+def make_jobs(plan: Plan, device: str = "cpu") -> list[EditJob | RandomJob]:
+    """A job of the writer for every edit; see :func:`find_decoder` for ``device``."""
+    decoder = find_decoder(device)
+    return [_job(plan, edit, decoder) for edit in plan.edits]
 
 
-def _job(plan: Plan, edit: TensorEdit) -> EditJob | RandomJob:
+def _job(plan: Plan, edit: TensorEdit, decoder: Decoder) -> EditJob | RandomJob:
     if edit.transform != RANDOM:
-        return EditJob(plan.parent, edit, plan.recipe.store.nonfinite)
+        return EditJob(plan.parent, edit, plan.recipe.store.nonfinite, decoder)
     return RandomJob(
         edit.target,
         edit.shape,
@@ -64,6 +66,7 @@ def slice_plan(
     *,
     workers: int,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    device: str = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Replica:
     """Write the replica; the same call again resumes, or finds it done.
@@ -73,13 +76,15 @@ def slice_plan(
         out: The replica's folder.
         workers: Threads; fewer run if the memory budget does not hold so many.
         memory_bytes: What the workers may use together.
+        device: Where weights are decoded: auto (a GPU if there is one), cpu or cuda. The bytes
+            are the same.
         progress: Called with payload bytes as they are written.
 
     Raises:
         OutputError: The folder is not ours, in use, or the disk is too small.
         ReadError: The parent could not be read, or changed meanwhile.
     """
-    jobs: list[EditJob | RandomJob] = make_jobs(plan)
+    jobs: list[EditJob | RandomJob] = make_jobs(plan, device)
     companions = companion_files(plan)
 
     def extra_files(result: WriteResult) -> dict[str, bytes]:

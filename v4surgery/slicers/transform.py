@@ -1,7 +1,7 @@
 """Computing the bytes of one edited tensor, a bounded chunk of rows at a time.
 
-Dequantization and requantization run as vectorised numpy on the CPU here; a device
-implementation plugs in behind :func:`v4surgery.checkpoint.reader.decode`.
+Requantization runs as vectorised numpy on the CPU; so does dequantization to bf16, unless the
+job was given the decoder of a GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import NUMPY_DTYPE, Checkpoint, decode
 from v4surgery.errors import V4SurgeryError
 from v4surgery.slicers.compress_ratios import interpolate_rows
+from v4surgery.slicers.decoding import Decoder, host_decoder
 from v4surgery.slicers.hash_table import HashRemap, similarity_rank
 from v4surgery.slicers.plan import (
     COPY,
@@ -54,8 +55,15 @@ class EditJob:
 
     hole = False
 
-    def __init__(self, parent: Checkpoint, edit: TensorEdit, nonfinite: str) -> None:
+    def __init__(
+        self,
+        parent: Checkpoint,
+        edit: TensorEdit,
+        nonfinite: str,
+        decoder: Decoder = host_decoder,
+    ) -> None:
         self.parent, self.edit, self.nonfinite = parent, edit, nonfinite
+        self._decoder = decoder
         self.outputs = tuple(OutputTensor(*output) for output in edit.outputs)
         self.state: dict[str, Any] = {}
         self._remap: HashRemap | None = None
@@ -174,11 +182,11 @@ class EditJob:
         edit = self.edit
         parts = []
         for rows, cols in self._pieces(begin, end):
-            codes, scales = self.parent.read_codes(source, rows, cols)
             if edit.factor == 1.0 and edit.fmt == BF16:
-                part: NDArray[Any] = decode(source.fmt, codes, scales, "bf16")
+                part: NDArray[Any] = self._decoder(self.parent, source, rows, cols)
                 self._check_finite((part & 0x7F80) == 0x7F80)
             else:
+                codes, scales = self.parent.read_codes(source, rows, cols)
                 values = decode(source.fmt, codes, scales, "f32").astype(np.float64) * edit.factor
                 wide = values.astype(np.float32)
                 self._check_finite(~np.isfinite(wide))

@@ -1,6 +1,7 @@
 """Quantize activations to FP8, for each token and group of inputs.
 
 scale = 2^ceil(log2(max(amax, 1e-4) / 448)); code = e4m3(x / scale), to nearest even, saturated.
+A group that holds NaN or infinity becomes all NaN: codes 0x7f, scale byte 255.
 Source: spec/forward.md, "Quantization in the official code".
 """
 
@@ -26,18 +27,21 @@ def act_quant(x: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
 
     Args:
         x: bf16 or float32 ``(..., K)``; a last group may be partial.
-        group: Inputs that share a scale.
+        group: Inputs that share a scale, a power of two.
 
     Returns:
         E4M3 codes, uint8 ``(..., K)``; E8M0 scale bytes, uint8 ``(..., ceil(K/group))``.
     """
     width = x.shape[-1]
     padded = torch.nn.functional.pad(x.float(), (0, -width % group)).unflatten(-1, (-1, group))
+    is_finite = padded.isfinite().all(-1)
+    padded = padded.masked_fill(~is_finite[..., None], 0.0)
     amax = padded.abs().amax(-1).clamp_min(AMAX_FLOOR)
     exponent = ceil_exponent(amax * (1.0 / E4M3_MAX))
     scaled = torch.ldexp(padded, -exponent[..., None]).clamp(-E4M3_MAX, E4M3_MAX)
-    codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8).flatten(-2)[..., :width]
-    return codes, (exponent + 127).to(torch.uint8)
+    codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = codes.masked_fill(~is_finite[..., None], 0x7F).flatten(-2)[..., :width]
+    return codes, (exponent + 127).to(torch.uint8).masked_fill(~is_finite, 255)
 
 
 def act_dequant(codes: Tensor, scale: Tensor, group: int = 128) -> Tensor:
@@ -46,7 +50,24 @@ def act_dequant(codes: Tensor, scale: Tensor, group: int = 128) -> Tensor:
     return e4m3_table(codes.device)[codes.int()] * spread
 
 
-def act_quant_simulate(x: Tensor, group: int = 64) -> Tensor:
-    """Round to FP8 and back: the same shape and dtype as ``x``."""
-    codes, scale = act_quant(x, group)
-    return act_dequant(codes, scale, group).to(x.dtype)
+def act_quant_simulate(
+    x: Tensor, group: int = 64, *, num_cols: int | None = None, inplace: bool = False
+) -> Tensor:
+    """Round to FP8 and back.
+
+    Args:
+        x: bf16 or float32 ``(..., K)``.
+        group: Inputs that share a scale, a power of two.
+        num_cols: Round the first so many of the last axis and pass the rest on; all if None.
+        inplace: Write into ``x`` and return it.
+
+    Returns:
+        The rounded values, shape and dtype of ``x``.
+    """
+    width = x.shape[-1] if num_cols is None else num_cols
+    codes, scale = act_quant(x[..., :width], group)
+    rounded = act_dequant(codes, scale, group).to(x.dtype)
+    if inplace:
+        x[..., :width] = rounded
+        return x
+    return torch.cat((rounded, x[..., width:]), -1)

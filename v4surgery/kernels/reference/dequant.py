@@ -53,37 +53,64 @@ def scale_to_float(scale: Tensor) -> Tensor:
     return e8m0_to_float(scale) if scale.dtype == torch.uint8 else scale.float()
 
 
-def dequant_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequant_fp8(
+    weight: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    rows: Tensor | None = None,
+    cols: Tensor | None = None,
+) -> Tensor:
     """Decode FP8.
 
     Args:
-        weight: E4M3 codes, uint8 ``(out, in)``.
-        scale: E8M0 bytes or float32, ``(ceil(out/128), ceil(in/128))``.
+        weight: E4M3 codes, uint8 ``(out, in)``, or a stack ``(E, out, in)``.
+        scale: E8M0 bytes or float32, ``(ceil(out/128), ceil(in/128))``, under the stack's axis.
         dtype: float32 or bfloat16.
+        rows: Indices of the outputs to keep, int64, in any order; all if None.
+        cols: Indices of the inputs to keep, likewise.
 
     Returns:
-        ``(out, in)``.
+        ``(out', in')``, under the stack's axis.
     """
-    rows, cols = weight.shape
+    *stack, num_rows, num_cols = weight.shape
     values = e4m3_table(weight.device).index_select(0, weight.flatten().int())
-    pad = (0, -cols % FP8_BLOCK, 0, -rows % FP8_BLOCK)
-    blocks = nn.functional.pad(values.view(rows, cols), pad)
-    blocks = blocks.view(scale.shape[0], FP8_BLOCK, scale.shape[1], FP8_BLOCK)
-    scaled = blocks.mul_(scale_to_float(scale)[:, None, :, None]).flatten(2).flatten(0, 1)
-    return scaled[:rows, :cols].to(dtype)
+    pad = (0, -num_cols % FP8_BLOCK, 0, -num_rows % FP8_BLOCK)
+    blocks = nn.functional.pad(values.view(weight.shape), pad)
+    blocks = blocks.view(*stack, scale.shape[-2], FP8_BLOCK, scale.shape[-1], FP8_BLOCK)
+    scaled = blocks.mul_(scale_to_float(scale)[..., :, None, :, None])
+    decoded = scaled.flatten(-2).flatten(-3, -2)[..., :num_rows, :num_cols].to(dtype)
+    return _gather(decoded, rows, cols)
 
 
-def dequant_fp4(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequant_fp4(
+    weight: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    rows: Tensor | None = None,
+    cols: Tensor | None = None,
+) -> Tensor:
     """Decode FP4.
 
     Args:
-        weight: Two E2M1 codes a byte, uint8 ``(out, in/2)``; the low nibble is the even input.
-        scale: E8M0 bytes, uint8 ``(out, in/32)``.
+        weight: Two E2M1 codes a byte, uint8 ``(out, in/2)``, or a stack ``(E, out, in/2)``; the
+            low nibble is the even input.
+        scale: E8M0 bytes, uint8 ``(out, in/32)``, under the stack's axis.
         dtype: float32 or bfloat16.
+        rows: Indices of the outputs to keep, int64, in any order; all if None.
+        cols: Indices of the inputs to keep, likewise.
 
     Returns:
-        ``(out, in)``.
+        ``(out', in')``, under the stack's axis.
     """
     pairs = e2m1_pairs(weight.device).index_select(0, weight.flatten().int())
-    groups = pairs.view(weight.shape[0], -1, FP4_GROUP)
-    return groups.mul_(scale_to_float(scale)[..., None]).flatten(1).to(dtype)
+    groups = pairs.view(*scale.shape, FP4_GROUP)
+    decoded = groups.mul_(scale_to_float(scale)[..., None]).flatten(-2).to(dtype)
+    return _gather(decoded, rows, cols)
+
+
+def _gather(decoded: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    if rows is not None:
+        decoded = decoded.index_select(-2, rows)
+    return decoded if cols is None else decoded.index_select(-1, cols)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from v4surgery.kernels.reference.fp4_quant import fp4_quant_simulate
+
 
 def hadamard(x: Tensor) -> Tensor:
     """Rotate the last axis, in float32, rounded once.
@@ -31,6 +33,18 @@ def hadamard(x: Tensor) -> Tensor:
         half *= 2
     result: Tensor = (rotated * block**-0.5).flatten(-2).to(x.dtype)
     return result
+
+
+def hadamard_fp4(x: Tensor) -> Tensor:
+    """The rotation, rounded to the dtype of ``x``, then to FP4 and back in groups of 32.
+
+    Args:
+        x: ``(..., Y)``.
+
+    Returns:
+        Shape and dtype of ``x``.
+    """
+    return fp4_quant_simulate(hadamard(x))
 
 
 def _interleave(first: Tensor, second: Tensor, block: int) -> Tensor:

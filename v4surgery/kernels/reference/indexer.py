@@ -23,7 +23,8 @@ def indexer_topk(q: Tensor, k: Tensor, weights: Tensor, num_visible: Tensor, top
         topk: How many to choose.
 
     Returns:
-        int64 ``(B, S, min(topk, C))``; -1 where there are fewer.
+        int64 ``(B, S, min(topk, C))``: a set in no order that callers may rely on. Equal scores
+        go to the earlier entry; -1 where there are fewer.
     """
     batch, num_queries, heads, _ = q.shape
     num_entries = k.shape[1]

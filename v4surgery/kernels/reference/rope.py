@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 
-def rope(x: Tensor, positions: Tensor, frequencies: Tensor, *, inverse: bool = False) -> Tensor:
+def rope(
+    x: Tensor,
+    positions: Tensor,
+    frequencies: Tensor,
+    *,
+    inverse: bool = False,
+    inplace: bool = False,
+) -> Tensor:
     """Rotate the last ``2 * len(frequencies)`` dims.
 
     Args:
@@ -18,15 +25,19 @@ def rope(x: Tensor, positions: Tensor, frequencies: Tensor, *, inverse: bool = F
         positions: int64 ``(B, S)``.
         frequencies: Radians a position, float32 ``(R/2,)``.
         inverse: Rotate back.
+        inplace: Overwrite the rotated dims of ``x``, and touch no others.
 
     Returns:
-        Shape and dtype of ``x``.
+        Shape and dtype of ``x``; with ``inplace`` ``x`` itself.
     """
     rope_dims = 2 * len(frequencies)
     angles = positions.float()[..., None] * frequencies
-    angles = angles.reshape(*positions.shape, *(1,) * (x.dim() - 3), -1)
+    angles = angles.reshape(*positions.shape, *(1,) * (x.dim() - 3), len(frequencies))
     cos, sin = angles.cos(), -angles.sin() if inverse else angles.sin()
     nope, rotated = x[..., :-rope_dims], x[..., -rope_dims:].float().unflatten(-1, (-1, 2))
     a, b = rotated.unbind(-1)
     turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+    if inplace:
+        x[..., -rope_dims:] = turned
+        return x
     return torch.cat((nope, turned.to(x.dtype)), dim=-1)
