@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from v4surgery import __version__
-from v4surgery.cli import generate, inspect, plan, recipes, slice, synth, trace, verify
+from v4surgery.cli import generate, inspect, plan, push, recipes, slice, synth, trace, verify
 from v4surgery.errors import V4SurgeryError
 
 INTERRUPTED = 130
@@ -35,6 +35,7 @@ app.command("slice")(slice.run)
 app.command("verify")(verify.run)
 app.command("trace")(trace.run)
 app.command("generate")(generate.run)
+app.command("push")(push.run)
 
 
 def _print_version(value: bool) -> None:
@@ -65,7 +66,9 @@ def main(args: list[str] | None = None) -> NoReturn:
         raise SystemExit(app(args=arguments, prog_name="v4surgery"))
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            typer.echo("interrupted: synth and slice go on from here when run again", err=True)
+            typer.echo(
+                "interrupted: synth, slice and push go on from here when run again", err=True
+            )
         raise
     except Exception as error:
         _report(error, debug="--debug" in arguments)
