@@ -11,21 +11,28 @@ from v4surgery.errors import UsageError
 from v4surgery.recipes import Recipe, load_recipe
 from v4surgery.slicers.apply import DEFAULT_MEMORY_BYTES, Replica, slice_plan
 from v4surgery.slicers.plan import Plan, make_plan
+from v4surgery.slicers.verified import record_verification
 from v4surgery.slicers.verify import Verification, verify_replica
 
 PathLike = str | os.PathLike[str]
 
 
-def open(path: PathLike) -> Checkpoint:  # noqa: A001 - the public name is v4surgery.open
+def open(  # noqa: A001 - the public name is v4surgery.open
+    path: PathLike, *, revision: str | None = None, token: str | bool | None = None
+) -> Checkpoint:
     """Open a parent or a replica lazily: config and headers are read and checked, nothing else.
 
     Args:
-        path: A local folder.
+        path: A local folder, or ``org/name`` or ``org/name@revision`` on the Hub.
+        revision: Branch, tag or commit of a repository.
+        token: For the Hub: a token, False for none, None for huggingface_hub's own.
 
     Raises:
-        CheckpointError: Not a DeepSeek-V4 checkpoint, or one that contradicts itself.
+        CheckpointError: Not a DeepSeek-V4 checkpoint, or one that contradicts itself; or no such
+            folder or repository, or none that may be read.
+        ReadError: The Hub does not answer as it should.
     """
-    return open_checkpoint(path)
+    return open_checkpoint(path, revision=revision, token=token)
 
 
 def plan(parent: Checkpoint, recipe: Recipe | str, overrides: Sequence[str] = ()) -> Plan:
@@ -61,7 +68,7 @@ def slice(  # noqa: A001 - the public name is v4surgery.slice
     Args:
         plan: From :func:`plan`.
         out: The replica's folder; new, empty, or holding this very plan.
-        workers: Threads; by default one for each core.
+        workers: Threads; by default 8 where the Hub is read, else one for each core.
         memory_bytes: Bound on what the workers use together.
         device: Where weights are decoded: auto (a GPU if there is one), cpu or cuda.
         progress: Called with payload bytes as they are written.
@@ -73,7 +80,7 @@ def slice(  # noqa: A001 - the public name is v4surgery.slice
     return slice_plan(
         plan,
         Path(out),
-        workers=workers or default_workers(),
+        workers=workers or default_workers(plan.parent),
         memory_bytes=memory_bytes,
         device=device,
         progress=progress,
@@ -90,11 +97,13 @@ def verify(
 ) -> Verification:
     """Grade one of faithfulness: compute every tensor again from the parent and compare bytes.
 
+    Where all of them are equal, ``verified.json`` is written beside the replica.
+
     Args:
         replica: What to check.
         parent: What it was cut from.
         sample: Compare only so many random chunks.
-        workers: Threads; by default one for each core.
+        workers: Threads; by default 8 where the Hub is read, else one for each core.
         progress: Called with bytes as they are compared.
 
     Raises:
@@ -104,11 +113,14 @@ def verify(
     path = replica.path if isinstance(replica, Replica) else replica
     opened = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     source = parent if isinstance(parent, Checkpoint) else open_checkpoint(parent)
-    return verify_replica(
-        opened, source, sample=sample, workers=workers or default_workers(), progress=progress
-    )
+    workers = workers or default_workers(opened, source)
+    verdict = verify_replica(opened, source, sample=sample, workers=workers, progress=progress)
+    record_verification(opened, verdict, workers=workers)
+    return verdict
 
 
-def default_workers() -> int:
-    """One thread for each core that this process may use, at most eight."""
+def default_workers(*read: Checkpoint) -> int:
+    """Eight where the Hub is read, which waits more than it works; else one a core, at most 8."""
+    if any(checkpoint.source.identity()["kind"] == "hub" for checkpoint in read):
+        return 8
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, 8)

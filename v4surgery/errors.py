@@ -12,6 +12,7 @@
     │   └── ReadError               bytes that could not be read exactly
     ├── PlanError                   the recipe cannot be applied to this parent
     ├── OutputError                 the output folder cannot be written, or is not ours to write
+    ├── HubError                    the Hub refused a push, or failed at it
     └── VerificationFailed          exit code 3: the check ran and the replica failed
 """
 
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "HeaderError",
+    "HubError",
     "OutputError",
     "PlanError",
     "ReadError",
@@ -104,6 +106,10 @@ class PlanError(V4SurgeryError):
 
 
 class OutputError(V4SurgeryError):
+    pass
+
+
+class HubError(V4SurgeryError):
     pass
 
 

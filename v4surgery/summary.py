@@ -6,7 +6,7 @@ import json
 from math import prod
 from typing import Any
 
-from v4surgery.catalogue import FP8_F32, I64
+from v4surgery.catalogue import FP8_F32, I64, Catalogue
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.config import V4Config
 from v4surgery.errors import CheckpointError
@@ -60,11 +60,7 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
         "remarks": _remarks(checkpoint),
         "dimensions": dimensions(checkpoint.config),
         "groups": groups,
-        "parameters": {
-            "total": catalogue.num_parameters(),
-            "without_drafters": catalogue.num_parameters(drafters=False),
-            "active": catalogue.num_active_parameters(),
-        },
+        "parameters": parameters(catalogue),
         "payload_bytes": checkpoint.payload_bytes,
         "files": len(checkpoint.files),
         "tensors": checkpoint.num_tensors,
@@ -81,6 +77,15 @@ def dimensions(config: V4Config) -> dict[str, Any]:
     kind = "DSpark" if config.is_dspark else "MTP"
     data["drafters"] = f"{len(drafters)} {kind}" if drafters else "none"
     return data
+
+
+def parameters(catalogue: Catalogue) -> dict[str, int]:
+    """Logical parameters: all, without drafters, and those that one token uses."""
+    return {
+        "total": catalogue.num_parameters(),
+        "without_drafters": catalogue.num_parameters(drafters=False),
+        "active": catalogue.num_active_parameters(),
+    }
 
 
 def summarize_plan(plan: Plan) -> dict[str, Any]:
@@ -106,11 +111,7 @@ def summarize_plan(plan: Plan) -> dict[str, Any]:
         "layers": layers,
         "dimensions": dimensions(plan.config),
         "parent_dimensions": dimensions(plan.parent.config),
-        "parameters": {
-            "total": catalogue.num_parameters(),
-            "without_drafters": catalogue.num_parameters(drafters=False),
-            "active": catalogue.num_active_parameters(),
-        },
+        "parameters": parameters(catalogue),
         "bytes_read": cost.bytes_read,
         "requests": cost.requests,
         "selection_bytes": cost.selection_bytes,

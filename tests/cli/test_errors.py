@@ -14,6 +14,7 @@ import pytest
 
 from tests.cli.conftest import Run
 from tests.support import parents
+from tests.support.hub import LoopbackHub, hub_environment
 from v4surgery.cli import _output
 
 SIX_MISTAKES = Path(__file__).parents[1] / "recipes" / "golden" / "six_mistakes.yaml"
@@ -140,21 +141,28 @@ def test_without_a_parent_the_error_says_how_to_get_one(v4: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parent", "hint"),
+    ("args", "where"),
     [
-        (None, "hf download deepseek-ai/DeepSeek-V4-Flash --local-dir DeepSeek-V4-Flash\n"),
-        ("deepseek-ai/DeepSeek-V4-Pro", "hf download deepseek-ai/DeepSeek-V4-Pro --local-dir "),
-        ("a/b@v1.0", "hf download a/b --revision v1.0 --local-dir b\n"),
+        ((), "deepseek-ai/DeepSeek-V4-Flash@main"),
+        (("--parent", "deepseek-ai/DeepSeek-V4-Pro"), "deepseek-ai/DeepSeek-V4-Pro@main"),
+        (("--parent", "a/b@v1.0"), "a/b@v1.0"),
+        (("--parent", "a/b", "--revision", "v1.0"), "a/b@v1.0"),
     ],
 )
-def test_a_repository_as_parent_is_to_be_downloaded_first(
-    parent: str | None, hint: str, v4: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_parent_that_is_no_folder_is_looked_for_on_the_hub(
+    args: tuple[str, ...], where: str, v4: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    args = ("--parent", parent) if parent else ()
-    err = failed(v4, 1, "plan", "--recipe", "mini3b", *args)
-    assert err.startswith("error: no such folder; repositories on the Hub are not read directly")
-    assert hint in err
+    with LoopbackHub() as hub:
+        hub_environment(monkeypatch, hub, tmp_path / "home")
+        err = failed(v4, 1, "plan", "--recipe", "mini3b", *args)
+    assert err == (
+        "error: no such repository, or none that may be read without a token\n"
+        f"  where: {where}\n"
+        "  value: 401 Repository not found\n"
+        "  next: check the name; no local folder has it either. For a private repository log in "
+        "with `hf auth login`, or set HF_TOKEN\n"
+    )
 
 
 def test_a_parent_that_is_not_there_is_told(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 import threading
 from pathlib import Path
@@ -15,9 +14,6 @@ from v4surgery.errors import CheckpointError, ReadError
 __all__ = ["LocalFolder"]
 
 _PICKLE_SUFFIXES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
-
-# How the Hub writes a repository, and the project a revision of it.
-_REPOSITORY = re.compile(r"(?P<org>\w[\w.-]*)/(?P<name>\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
 # One call moves at most 2 GiB - 4 KiB on Linux and refuses INT_MAX on macOS.
 _MAX_CALL_BYTES = 1 << 30
@@ -57,6 +53,11 @@ class LocalFolder(Source):
         repo = self._root.parent.parent.name
         if self._is_snapshot and repo.startswith("models--"):
             self.name = repo.removeprefix("models--").replace("--", "/", 1)
+
+    @property
+    def path(self) -> Path:
+        """The folder, links resolved."""
+        return self._root
 
     def list_files(self) -> list[str]:
         try:
@@ -195,8 +196,6 @@ def _resolve_folder(path: Path) -> Path:
         root = Path(os.path.realpath(path, strict=True))
         is_folder = root.is_dir()
     except (OSError, ValueError) as error:
-        if (found := _REPOSITORY.fullmatch(str(path))) and not Path(found["org"]).exists():
-            raise _not_downloaded(path, **found.groupdict()) from error
         raise CheckpointError(
             "no such folder", where=path, value=error, hint="check the path"
         ) from error
@@ -214,17 +213,6 @@ def _resolve_folder(path: Path) -> Path:
         where=path,
         rule="a checkpoint is a folder of safetensors files",
         hint=f"give the folder: {path.parent}",
-    )
-
-
-def _not_downloaded(path: Path, org: str, name: str, revision: str | None) -> CheckpointError:
-    pinned = f" --revision {revision}" if revision else ""
-    return CheckpointError(
-        "no such folder; repositories on the Hub are not read directly yet",
-        where=path,
-        rule="the folder of a downloaded checkpoint",
-        hint=f"check the path, or download the repository and give its folder: "
-        f"hf download {org}/{name}{pinned} --local-dir {name}",
     )
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -20,17 +18,22 @@ from numpy.typing import NDArray
 
 from v4surgery import formats
 from v4surgery.catalogue import BF16, FP4, FP8, FP8_F32, QUANTIZED
-from v4surgery.checkpoint.folder import LocalFolder
 from v4surgery.checkpoint.header import TensorInfo, header_length, parse_header
 from v4surgery.checkpoint.layout import INDEX_FILE, SINGLE_FILE
 from v4surgery.checkpoint.matching import StoredTensorRef, TensorRef, match_tensors
-from v4surgery.checkpoint.source import Source, safe_basename
+from v4surgery.checkpoint.place import open_source
+from v4surgery.checkpoint.source import Source, merge_ranges, safe_basename
 from v4surgery.config import V4Config, load_config
 from v4surgery.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 MAX_JSON_BYTES = 256_000_000
 SCRATCH_BYTES = 4 << 20
+
+# Of a header entry beside the name, on average 77 and at most 83: {"dtype":"F8_E8M0",
+# "shape":[2048,128],"data_offsets":[3566321000,3566321192]}, with quotes and commas.
+_ENTRY_BYTES = 80
+_UNKNOWN_HEADER_BYTES = 1 << 16
 
 Rows = slice | NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -64,6 +67,7 @@ class Checkpoint:
         found: dict[str, TensorRef] = {}
         weight_map = _read_index(source, names)
         self.files: tuple[str, ...] = _shard_files(source, names, weight_map)
+        source.fetch_heads(_expected_heads(self.files, weight_map))
         for file in self.files:
             header, tensors = _read_header(source, file)
             digest.update(header)
@@ -127,12 +131,36 @@ class Checkpoint:
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         assert not len(rows) or (ordered[0] >= 0 and ordered[-1] < ref.shape[0]), (ref, rows)
+        batch: list[tuple[slice, Bytes]] = []
         for first, last in _segments(ordered, width, self.source.gap_bytes):
             base, end = int(ordered[first]), int(ordered[last - 1]) + 1
-            chunk = np.empty((end - base, width), dtype=np.uint8)
-            self.source.read_into(ref.file, ref.begin + base * width, _as_bytes(chunk))
-            out[order[first:last]] = chunk[ordered[first:last] - base]
+            batch.append((slice(first, last), np.empty((end - base, width), dtype=np.uint8)))
+            if sum(chunk.nbytes for _, chunk in batch) >= SCRATCH_BYTES:
+                self._read_segments(ref, ordered, order, batch, out)
+                batch = []
+        self._read_segments(ref, ordered, order, batch, out)
         return out
+
+    def _read_segments(
+        self,
+        ref: TensorRef,
+        ordered: NDArray[np.int64],
+        order: NDArray[np.int64],
+        batch: list[tuple[slice, Bytes]],
+        out: Bytes,
+    ) -> None:
+        """Read runs of rows side by side, and put each row where it was asked for."""
+        width = ref.row_bytes
+        bases = [int(ordered[part.start]) for part, _ in batch]
+        self.source.read_many(
+            ref.file,
+            [
+                (ref.begin + base * width, _as_bytes(chunk))
+                for base, (_, chunk) in zip(bases, batch, strict=True)
+            ],
+        )
+        for base, (part, chunk) in zip(bases, batch, strict=True):
+            out[order[part]] = chunk[ordered[part] - base]
 
     def read_float(self, stored: StoredTensorRef, rows: Rows) -> NDArray[np.float32]:
         """Rows of a floating tensor, decoded to float32 ``(rows, columns)``."""
@@ -200,13 +228,26 @@ COMPANION_FILES = (
 )
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a local folder (later: a Hub repository) lazily.
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    workers: int | None = None,
+) -> Checkpoint:
+    """Open a local folder, or a repository on the Hub, lazily.
+
+    Args:
+        path: A folder, ``org/name`` or ``org/name@revision``. What is there as a folder is one.
+        revision: Branch, tag or commit of a repository; not for a folder.
+        token: For a repository: a token, False for none, None for huggingface_hub's own.
+        workers: For a repository: threads that fetch headers.
 
     Raises:
         CheckpointError: Not a checkpoint, or one that does not hold what its config says.
+        UsageError: A revision of a folder, or two revisions.
     """
-    source = LocalFolder(Path(path))
+    source = open_source(path, revision=revision, token=token, workers=workers)
     try:
         return Checkpoint(source)
     except BaseException:
@@ -245,21 +286,20 @@ def row_segments(rows: Rows, ref: TensorRef, gap_bytes: int) -> tuple[int, int]:
     if isinstance(rows, slice):
         start, stop, _ = rows.indices(ref.shape[0])
         return (1, (stop - start) * ref.row_bytes) if stop > start else (0, 0)
-    if not len(rows):
-        return 0, 0
-    ordered = np.sort(rows)
-    breaks = np.flatnonzero((np.diff(ordered) - 1) * ref.row_bytes > gap_bytes)
-    gaps = int((ordered[breaks + 1] - ordered[breaks] - 1).sum())
-    span = int(ordered[-1] - ordered[0]) + 1 - gaps
-    return len(breaks) + 1, span * ref.row_bytes
+    runs = _runs(np.sort(rows), ref.row_bytes, gap_bytes)
+    return len(runs), int((runs[:, 1] - runs[:, 0]).sum()) * ref.row_bytes
+
+
+def _runs(ordered: NDArray[np.int64], width: int, gap_bytes: int) -> NDArray[np.int64]:
+    """Half-open runs of rows, int64 ``(n, 2)``, that cover sorted rows, small gaps included."""
+    return merge_ranges(np.stack([ordered, ordered + 1], axis=1), gap_bytes // max(width, 1))
 
 
 def _segments(ordered: NDArray[np.int64], width: int, gap_bytes: int) -> Iterator[tuple[int, int]]:
     """Runs of sorted rows that one read serves, each at most SCRATCH_BYTES long."""
-    breaks = np.flatnonzero((np.diff(ordered) - 1) * width > gap_bytes) + 1
-    bounds = [0, *breaks.tolist(), len(ordered)]
+    bounds = np.searchsorted(ordered, _runs(ordered, width, gap_bytes))
     limit = max(SCRATCH_BYTES // max(width, 1), 1)
-    for first, last in pairwise(bounds):
+    for first, last in bounds.tolist():
         while first < last:
             stop = int(np.searchsorted(ordered, ordered[first] + limit))
             yield first, min(stop, last)
@@ -337,6 +377,14 @@ def _shard_files(
             hint="complete the download; pickles (.bin, .pt) are never loaded, convert them first",
         )
     return tuple(shards)
+
+
+def _expected_heads(files: tuple[str, ...], weight_map: dict[str, str] | None) -> dict[str, int]:
+    """About how long each shard's header is, by the names that the index puts there."""
+    expected = dict.fromkeys(files, _UNKNOWN_HEADER_BYTES if weight_map is None else 64)
+    for name, shard in (weight_map or {}).items():
+        expected[shard] += len(name) + _ENTRY_BYTES
+    return expected
 
 
 def _read_header(source: Source, file: str) -> tuple[bytes, dict[str, TensorInfo]]:

@@ -7,6 +7,7 @@ exact or raises, and the source can say at the end whether it changed underneath
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, TypeVar, overload
 
@@ -75,6 +76,40 @@ class Source(Protocol):
     def close(self) -> None:
         """Releases what is open. Call it once no thread reads; reading afterwards raises."""
         ...
+
+    def read_many(self, file: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """Fills several buffers of one file, each from its own begin on, as ``read_into`` does.
+
+        Raises:
+            ReadError: One of the ranges is not in the file, or could not be read whole.
+        """
+        for begin, buffer in pieces:
+            self.read_into(file, begin, buffer)
+
+    def fetch_heads(self, expected: Mapping[str, int]) -> None:
+        """Makes reading the headers of these files cheap, where it is not.
+
+        Args:
+            expected: Files, each with about how many bytes its header has, rather too many.
+
+        Raises:
+            CheckpointError: A header cannot be read.
+        """
+        del expected
+
+    def will_read(self, spans: Iterable[tuple[str, int, int]], workers: int) -> None:
+        """Says what so many threads will read from now on.
+
+        Args:
+            spans: (file, begin, end) that are read whole and front to back, in equal pieces. A
+                source may fetch the next pieces while one is worked on; no byte more.
+            workers: Threads that read at once.
+        """
+        del spans, workers
+
+    def cancel(self) -> None:
+        """Ends the reads that run or wait now, in whatever thread, with a ReadError; not later."""
+        return
 
     def __enter__(self: SourceT) -> SourceT:
         return self

@@ -115,6 +115,7 @@ def write_checkpoint(
     extra_files: Callable[[WriteResult], Mapping[str, bytes]] = lambda _: {},
     index: bool | None = None,
     progress: Callable[[int], None] | None = None,
+    cancel: Callable[[], None] | None = None,
 ) -> WriteResult:
     """Writes all shards, then the extra files, then the index; or takes up where it was stopped.
 
@@ -129,6 +130,8 @@ def write_checkpoint(
         index: Whether to write an index; None: if there is more than one shard.
         progress: Called with payload bytes as they are written or found intact, by any worker, by
             one at a time.
+        cancel: Called when the run has failed or was interrupted, while workers may still be in
+            ``compute``, so that they need not be waited for.
 
     Raises:
         OutputError: The folder is not ours or in use, the disk is too small, or writing failed.
@@ -141,7 +144,7 @@ def write_checkpoint(
     try:
         if claim.state == "complete":
             return WriteResult(out, files, already_complete=True)
-        run = _Run(claim, shards, jobs, progress)
+        run = _Run(claim, shards, jobs, progress, cancel)
         try:
             run.check_disk()
         except OutputError:
@@ -247,8 +250,9 @@ class _Run:
         shards: Sequence[ShardLayout],
         jobs: Sequence[Job],
         progress: Callable[[int], None] | None,
+        cancel: Callable[[], None] | None,
     ) -> None:
-        self.claim, self.jobs, self.progress = claim, jobs, progress
+        self.claim, self.jobs, self.progress, self.cancel = claim, jobs, progress, cancel
         self.shards = [ShardFile(claim.out, layout) for layout in shards]
         self.place = {
             item.name: (shard, offset)
@@ -338,6 +342,8 @@ class _Run:
             if self._error is None:
                 self._error = error
         self._stop.set()
+        if self.cancel is not None:
+            self.cancel()
 
     def _worker(self, schedule: _Schedule, syncer: ThreadPoolExecutor) -> None:
         buffer = bytearray(_CHECK_BYTES if self.claim.records else 0)

@@ -12,7 +12,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from v4surgery import __version__
-from v4surgery.cli import generate, inspect, kernels, plan, recipes, slice, synth, trace, verify
+from v4surgery.cli import (
+    generate,
+    inspect,
+    kernels,
+    plan,
+    push,
+    recipes,
+    slice,
+    synth,
+    trace,
+    verify,
+)
 from v4surgery.errors import V4SurgeryError
 
 INTERRUPTED = 130
@@ -36,6 +47,7 @@ app.command("verify")(verify.run)
 app.command("trace")(trace.run)
 app.command("generate")(generate.run)
 app.add_typer(kernels.app, name="kernels")
+app.command("push")(push.run)
 
 
 def _print_version(value: bool) -> None:
@@ -66,7 +78,9 @@ def main(args: list[str] | None = None) -> NoReturn:
         raise SystemExit(app(args=arguments, prog_name="v4surgery"))
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            typer.echo("interrupted: synth and slice go on from here when run again", err=True)
+            typer.echo(
+                "interrupted: synth, slice and push go on from here when run again", err=True
+            )
         raise
     except Exception as error:
         _report(error, debug="--debug" in arguments)

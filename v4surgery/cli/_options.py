@@ -23,7 +23,10 @@ Overrides = Annotated[
 Parent = Annotated[
     str | None,
     typer.Option(
-        "--parent", "-p", metavar="FOLDER", help="The parent; by default the recipe's own."
+        "--parent",
+        "-p",
+        metavar="PARENT",
+        help="The parent: a folder, or ORG/NAME[@REVISION] on the Hub. By default the recipe's.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -35,7 +38,28 @@ Workers = Annotated[
         metavar="N",
         min=1,
         max=256,
-        help="Threads; by default one for each core, at most 8.",
+        help="Threads; by default 8 where the Hub is read, else one for each core, at most 8.",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision", metavar="NAME", help="Branch, tag or commit of the repository that is read."
+    ),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        "--token",
+        metavar="TOKEN",
+        help="For the Hub; by default HF_TOKEN, or the one of `hf auth login`.",
+        show_default=False,
+    ),
+]
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "--verbose", "-v", count=True, help="Say when the Hub is asked again; -vv: every request."
     ),
 ]
 Mode = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 import textwrap
@@ -64,6 +65,20 @@ def say(text: str) -> None:
             text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
         )
     )
+
+
+class _ToStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+
+
+def set_verbosity(verbose: int) -> None:
+    """What of the log is shown on stderr: warnings, then tries (1), then every request (2)."""
+    logger = logging.getLogger("v4surgery")
+    if not any(isinstance(handler, _ToStderr) for handler in logger.handlers):
+        logger.addHandler(_ToStderr())
+        logger.propagate = False
+    logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
 
 
 def warn(text: str) -> None:

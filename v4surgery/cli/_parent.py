@@ -11,7 +11,28 @@ if TYPE_CHECKING:
     from v4surgery.recipes import Recipe
 
 
-def open_parent(recipe: Recipe, parent: str | None) -> Checkpoint:
+def recorded_parent(replica: Checkpoint, revision: str | None) -> str | None:
+    """Repository and commit that a replica was cut from; None if it was a folder.
+
+    Raises:
+        CheckpointError: It is no replica.
+    """
+    from v4surgery.slicers.verify import read_provenance
+
+    recorded = read_provenance(replica)["parent"]
+    if recorded.get("kind") != "hub":
+        return None
+    return str(recorded["name"]) if revision else f"{recorded['name']}@{recorded['revision']}"
+
+
+def open_parent(
+    recipe: Recipe,
+    parent: str | None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    workers: int | None = None,
+) -> Checkpoint:
     """Open the parent that the command names, or else the recipe's.
 
     Raises:
@@ -28,4 +49,4 @@ def open_parent(recipe: Recipe, parent: str | None) -> Checkpoint:
             hint="give its folder with --parent; `v4surgery synth --like demo --out demo-parent` "
             "makes a small one",
         )
-    return open_checkpoint(path)
+    return open_checkpoint(path, revision=revision, token=token, workers=workers)

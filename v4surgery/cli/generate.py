@@ -10,11 +10,27 @@ from typing import Annotated
 
 import typer
 
-from v4surgery.cli._options import AsJson, Device, Dtype, Implementation, Mode, Quiet
+from v4surgery.cli._options import (
+    AsJson,
+    Device,
+    Dtype,
+    Implementation,
+    Mode,
+    Quiet,
+    Revision,
+    Token,
+    Verbose,
+)
 
 
 def run(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a parent or a replica.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A parent or a replica: a folder, or ORG/NAME[@REVISION] on the Hub.",
+        ),
+    ],
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -63,8 +79,11 @@ def run(
     dtype: Dtype = None,
     device: Device = "cpu",
     implementation: Implementation = "reference",
+    revision: Revision = None,
+    token: Token = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Continue prompts, or talk.
 
@@ -74,7 +93,7 @@ def run(
 
     from v4surgery.checkpoint.reader import open_checkpoint
     from v4surgery.cli._model import find_device, make_numerics
-    from v4surgery.cli._output import print_json
+    from v4surgery.cli._output import print_json, set_verbosity
     from v4surgery.errors import UsageError
     from v4surgery.model.generate import Sampling
     from v4surgery.model.loader import load_model
@@ -84,11 +103,12 @@ def run(
 
     if stream and as_json:
         raise UsageError("--json prints when all is done", rule="either --stream or --json")
+    set_verbosity(verbose)
     wanted = gather_prompts(text=prompt, file=prompts, ids=ids, chat=chat)
     style = PromptFormat(chat, system, thinking)
     sampling = Sampling(temperature, top_p, seed)
     numerics, place = make_numerics(mode, dtype, implementation), find_device(device)
-    with open_checkpoint(model) as checkpoint:
+    with open_checkpoint(model, revision=revision, token=token) as checkpoint:
         encoder = PromptEncoder(
             checkpoint.config, read_tokenizer(checkpoint), style, max_new_tokens
         )

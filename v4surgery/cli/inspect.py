@@ -6,12 +6,22 @@ from typing import Annotated
 
 import typer
 
-from v4surgery.cli._options import AsJson
+from v4surgery.cli._options import AsJson, Revision, Token, Verbose, Workers
 
 
 def run(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a parent or a replica.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A parent or a replica: a folder, or ORG/NAME[@REVISION] on the Hub.",
+        ),
+    ],
+    revision: Revision = None,
+    token: Token = None,
+    max_workers: Workers = None,
     as_json: AsJson = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Say what is in a checkpoint.
 
@@ -19,10 +29,11 @@ def run(
     read.
     """
     from v4surgery.checkpoint.reader import open_checkpoint
-    from v4surgery.cli._output import count, print_json, print_table, say, size
+    from v4surgery.cli._output import count, print_json, print_table, say, set_verbosity, size
     from v4surgery.summary import summarize
 
-    with open_checkpoint(model) as checkpoint:
+    set_verbosity(verbose)
+    with open_checkpoint(model, revision=revision, token=token, workers=max_workers) as checkpoint:
         summary = summarize(checkpoint)
     if as_json:
         print_json(summary)

@@ -2,37 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from v4surgery.cli._options import AsJson, Overrides, Parent, RecipeName
+from v4surgery.cli._options import (
+    AsJson,
+    Overrides,
+    Parent,
+    RecipeName,
+    Revision,
+    Token,
+    Verbose,
+    Workers,
+)
+
+if TYPE_CHECKING:
+    from v4surgery.checkpoint.reader import Checkpoint
+    from v4surgery.recipes import Recipe
 
 
 def run(
     recipe: RecipeName,
     parent: Parent = None,
     set_: Overrides = None,
+    revision: Revision = None,
+    token: Token = None,
+    max_workers: Workers = None,
     as_json: AsJson = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Say what slice would do.
 
     The source of each layer, dimensions, parameters, bytes to read and to write, and which steps
-    round. Nothing is written.
+    round. Nothing is written. Of a parent on the Hub only config and headers are fetched; which
+    experts `by: gate` keeps is then left open.
     """
-    from v4surgery.api import plan as make_plan
-    from v4surgery.cli._output import print_json
+    from v4surgery.cli._output import print_json, set_verbosity
     from v4surgery.cli._parent import open_parent
     from v4surgery.recipes import load_recipe
-    from v4surgery.summary import summarize_plan
 
+    set_verbosity(verbose)
     loaded = load_recipe(recipe, set_ or ())
-    with open_parent(loaded, parent) as checkpoint:
-        summary = summarize_plan(make_plan(checkpoint, loaded))
+    with open_parent(
+        loaded, parent, revision=revision, token=token, workers=max_workers
+    ) as checkpoint:
+        summary = look(checkpoint, loaded)
     if as_json:
         print_json(summary)
     else:
         show(summary)
+
+
+def look(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+    """The summary of a plan; of a parent on the Hub without fetching its gates."""
+    from v4surgery.api import plan as make_plan
+    from v4surgery.slicers.estimate import estimate_plan
+    from v4surgery.summary import summarize_plan
+
+    if checkpoint.source.identity()["kind"] != "hub":
+        return summarize_plan(make_plan(checkpoint, recipe))
+    plan, is_open = estimate_plan(checkpoint, recipe)
+    summary = summarize_plan(plan)
+    if is_open:
+        summary["plan_hash"] = None
+        summary["notes"].append(
+            "which experts are kept is left open: slice reads the gates and chooses; all else is "
+            "as slice does it"
+        )
+    return summary
 
 
 def show(summary: dict[str, Any]) -> None:

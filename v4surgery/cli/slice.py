@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from v4surgery.cli._options import AsJson, Overrides, Parent, Quiet, RecipeName, Workers
+from v4surgery.cli._options import (
+    AsJson,
+    Overrides,
+    Parent,
+    Quiet,
+    RecipeName,
+    Revision,
+    Token,
+    Verbose,
+    Workers,
+)
 
 
 def run(
@@ -26,10 +36,12 @@ def run(
         str | None,
         typer.Option(metavar="SIZE", help="Largest file: 5GB, 500MB. Overrides the recipe's."),
     ] = None,
+    revision: Revision = None,
+    token: Token = None,
     max_workers: Workers = None,
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Bound on what the workers use together.")
-    ] = "256MB",
+    ] = "384MB",
     device: Annotated[
         str,
         typer.Option(
@@ -43,6 +55,7 @@ def run(
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Cut a replica.
 
@@ -52,23 +65,35 @@ def run(
 
     from v4surgery import api
     from v4surgery.cli import plan as plan_verb
-    from v4surgery.cli._output import parse_size, print_json, progress_bar, say, size, warn
+    from v4surgery.cli._output import (
+        parse_size,
+        print_json,
+        progress_bar,
+        say,
+        set_verbosity,
+        size,
+        warn,
+    )
     from v4surgery.cli._parent import open_parent
     from v4surgery.recipes import load_recipe
     from v4surgery.summary import summarize_plan
 
+    set_verbosity(verbose)
     overrides = list(set_ or ())
     if max_shard_size is not None:
         overrides.append(f"store.max_shard_size={parse_size(max_shard_size, '--max-shard-size')}")
     memory_bytes = parse_size(memory, "--memory")
     loaded = load_recipe(recipe, overrides)
     target = out or Path("out") / loaded.name
-    with open_parent(loaded, parent) as checkpoint:
-        plan = api.plan(checkpoint, loaded)
-        summary = summarize_plan(plan)
+    with open_parent(
+        loaded, parent, revision=revision, token=token, workers=max_workers
+    ) as checkpoint:
         if dry_run:
+            summary = plan_verb.look(checkpoint, loaded)
             print_json(summary) if as_json else plan_verb.show(summary)
             return
+        plan = api.plan(checkpoint, loaded)
+        summary = summarize_plan(plan)
         total = sum(shard.payload_bytes for shard in plan.shards)
         began = time.monotonic()
         with progress_bar(total, f"slice {loaded.name}", quiet=quiet) as progress:
@@ -112,7 +137,9 @@ def run(
             f"in {len(written.files)} file(s) in {seconds:.1f} s"
         )
     show_report(replica.report)
-    arguments = [str(target), *(["--parent", parent] if parent else [])]
+    # A repository is on the replica's record, with its commit.
+    is_folder = parent and checkpoint.source.identity()["kind"] != "hub"
+    arguments = [str(target), *(["--parent", parent] if parent and is_folder else [])]
     typer.echo(f"next: v4surgery verify {shlex.join(arguments)}")
 
 

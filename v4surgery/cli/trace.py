@@ -7,11 +7,22 @@ from typing import Annotated
 
 import typer
 
-from v4surgery.cli._options import AsJson, Device, Dtype, Implementation, Mode, Quiet, Workers
+from v4surgery.cli._options import (
+    AsJson,
+    Device,
+    Dtype,
+    Implementation,
+    Mode,
+    Quiet,
+    Revision,
+    Token,
+    Verbose,
+    Workers,
+)
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Folder of a parent or a replica.")],
+    model: Annotated[str, typer.Argument(help="A folder, or ORG/NAME[@REVISION] on the Hub.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Trace file to write.")],
     prompt: Annotated[str | None, typer.Option(help="A text, as it stands.")] = None,
     prompts: Annotated[
@@ -37,32 +48,45 @@ def run(
     activations: Annotated[
         str, typer.Option(help="Where they wait between blocks: host or disk.")
     ] = "host",
+    revision: Revision = None,
+    token: Token = None,
     max_workers: Workers = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Run the forward block by block, reading only what it needs, and keep activations."""
+    from dataclasses import replace
+
     from v4surgery.api import default_workers
     from v4surgery.checkpoint.reader import open_checkpoint
     from v4surgery.cli._model import find_device, make_numerics
-    from v4surgery.cli._output import parse_size, print_json, print_table, progress_bar, size
+    from v4surgery.cli._output import (
+        parse_size,
+        print_json,
+        print_table,
+        progress_bar,
+        set_verbosity,
+        size,
+    )
     from v4surgery.model.streaming import StreamOptions
     from v4surgery.text.prompts import PromptEncoder, gather_prompts
     from v4surgery.text.tokenizer import read_tokenizer
     from v4surgery.validation.record import record_trace
     from v4surgery.validation.taps import parse_taps
 
+    set_verbosity(verbose)
     wanted_taps = parse_taps(taps)
     options = StreamOptions(
         parse_size(weight_memory, "--weight-memory"),
         parse_size(activation_memory, "--activation-memory"),
         activations,
-        max_workers or default_workers(),
     )
     wanted = gather_prompts(text=prompt, file=prompts, ids=ids)
-    with open_checkpoint(model) as checkpoint:
+    with open_checkpoint(model, revision=revision, token=token, workers=max_workers) as checkpoint:
         encoder = PromptEncoder(checkpoint.config, read_tokenizer(checkpoint))
         encoded = [item.ids[:tokens] for item in encoder.encode_all(wanted)]
+        workers = max_workers or default_workers(checkpoint)
         layers = checkpoint.config.num_hidden_layers
         with progress_bar(layers, "trace", quiet=quiet, unit="layer") as advance:
             recording = record_trace(
@@ -72,7 +96,7 @@ def run(
                 taps=wanted_taps,
                 numerics=make_numerics(mode, dtype, implementation),
                 device=find_device(device),
-                options=options,
+                options=replace(options, workers=workers),
                 progress=(lambda _: advance(1)) if advance else None,
             )
     if as_json:

@@ -2,51 +2,70 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from v4surgery.cli._options import AsJson, Parent, Quiet, Workers
+from v4surgery.cli._options import AsJson, Parent, Quiet, Revision, Token, Verbose, Workers
 
 SHOWN_PROBLEMS = 10
 
 
 def run(
-    replica: Annotated[str, typer.Argument(metavar="REPLICA", help="Folder of a replica.")],
+    replica: Annotated[
+        str, typer.Argument(metavar="REPLICA", help="A folder, or ORG/NAME[@REVISION].")
+    ],
     parent: Parent = None,
     sample: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Compare only so many random chunks.")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the sample.")] = 0,
+    revision: Revision = None,
+    token: Token = None,
     max_workers: Workers = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Compare a replica with its parent, byte for byte.
 
-    Every tensor is computed again from the parent, by the replica's own record of what was kept.
-    Exit code 3 on a difference.
+    Every tensor is computed again from the parent, by the replica's own record of what was kept;
+    without --parent from the repository and commit on record, if there is one. --revision is the
+    parent's.
+    Exit code 3 on a difference. Where there is none, verified.json is written beside the replica,
+    with the digests of its files: push asks for it.
     """
     from v4surgery.api import default_workers
     from v4surgery.checkpoint.reader import open_checkpoint
-    from v4surgery.cli._output import print_json, progress_bar, say, size
-    from v4surgery.cli._parent import open_parent
+    from v4surgery.cli._output import print_json, progress_bar, say, set_verbosity, size, warn
+    from v4surgery.cli._parent import open_parent, recorded_parent
     from v4surgery.errors import VerificationFailed
+    from v4surgery.slicers.verified import record_verification
     from v4surgery.slicers.verify import read_recipe, verify_replica
 
+    set_verbosity(verbose)
     with (
-        open_checkpoint(replica) as checkpoint,
-        open_parent(read_recipe(checkpoint), parent) as source,
+        open_checkpoint(replica, token=token, workers=max_workers) as checkpoint,
+        open_parent(
+            read_recipe(checkpoint),
+            parent or recorded_parent(checkpoint, revision),
+            revision=revision,
+            token=token,
+            workers=max_workers,
+        ) as source,
         progress_bar(checkpoint.payload_bytes, "verify", quiet=quiet) as progress,
     ):
+        workers = max_workers or default_workers(checkpoint, source)
         verdict = verify_replica(
             checkpoint,
             source,
             sample=sample,
             seed=seed,
-            workers=max_workers or default_workers(),
+            workers=workers,
             progress=progress,
         )
+        recorded = record_verification(checkpoint, verdict, workers=workers)
     if as_json:
         print_json(
             {
@@ -55,6 +74,7 @@ def run(
                 "bytes_compared": verdict.bytes_compared,
                 "sampled": verdict.sampled,
                 "problems": list(verdict.problems),
+                "record": str(recorded) if recorded else None,
             }
         )
     if not verdict.passed:
@@ -67,6 +87,8 @@ def run(
             value="\n         ".join(shown),
             hint="slice it again into another folder",
         )
+    if recorded is None and not verdict.sampled and Path(replica).is_dir():
+        warn("verified.json could not be written beside the replica; push will ask for it")
     if not as_json:
         extent = "a sample of " if verdict.sampled else "all "
         say(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ from v4surgery.catalogue import I64
 from v4surgery.checkpoint.writer import Job, WriteResult, write_checkpoint
 from v4surgery.recipes import dump_recipe
 from v4surgery.slicers.decoding import Decoder, find_decoder
+from v4surgery.slicers.lineage import describe_parent
 from v4surgery.slicers.plan import RANDOM, REMAP, REQUANTIZE, Plan, TensorEdit
 from v4surgery.slicers.transform import WORKER_BYTES, EditJob
 from v4surgery.slicers.vocabulary import cut_companions
+from v4surgery.summary import parameters
 from v4surgery.synth import RandomJob
 from v4surgery.text.chat import TEMPLATE_FILE, needs_template, template_text
 from v4surgery.version import __version__
 
-DEFAULT_MEMORY_BYTES = 256_000_000
+DEFAULT_MEMORY_BYTES = 384_000_000
+LONG_BYTES = 4 << 20
 PROVENANCE_FILE = "v4surgery.json"
 RECIPE_FILE = "recipe.yaml"
 
@@ -91,21 +94,33 @@ def slice_plan(
         plan.parent.source.check_unchanged()
         return companions | _own_files(plan, result, measure(plan, jobs))
 
+    workers = max(min(workers, memory_bytes // WORKER_BYTES), 1)
+    plan.parent.source.will_read(long_spans(plan), workers)
     writer_jobs: list[Job] = list(jobs)
     written = write_checkpoint(
         out,
         plan.shards,
         writer_jobs,
         plan_id=plan.plan_hash,
-        workers=max(min(workers, memory_bytes // WORKER_BYTES), 1),
+        workers=workers,
         extra_files=extra_files,
         progress=progress,
+        cancel=plan.parent.source.cancel,
     )
     if written.already_complete:
         report = json.loads((out / PROVENANCE_FILE).read_text())["report"]
     else:
         report = measure(plan, jobs)
     return Replica(out, plan, written, report)
+
+
+def long_spans(plan: Plan) -> Iterator[tuple[str, int, int]]:
+    """Tensors that are read whole, and in more than one piece."""
+    for edit in plan.edits:
+        if edit.source is not None and edit.rows is None and edit.transform != RANDOM:
+            ref = edit.source.weight
+            if ref.end - ref.begin > LONG_BYTES:
+                yield ref.file, ref.begin, ref.end
 
 
 def measure(plan: Plan, jobs: list[EditJob | RandomJob]) -> dict[str, Any]:
@@ -192,13 +207,13 @@ def provenance_of(
         "format": 1,
         "tool": {"name": "v4surgery", "version": __version__},
         "plan_hash": plan.plan_hash,
-        "parent": {**parent.source.identity(), "fingerprint": parent.fingerprint},
-        "recipe": plan.recipe.name,
-        "parameters": {
-            "total": plan.catalogue.num_parameters(),
-            "without_drafters": plan.catalogue.num_parameters(drafters=False),
-            "active": plan.catalogue.num_active_parameters(),
+        "parent": {
+            **parent.source.identity(),
+            "fingerprint": parent.fingerprint,
+            **describe_parent(parent),
         },
+        "recipe": plan.recipe.name,
+        "parameters": parameters(plan.catalogue),
         "num_tensors": len(counted),
         "notes": list(plan.notes),
         "selections": plan.selections.to_json(),

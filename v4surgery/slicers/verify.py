@@ -19,7 +19,13 @@ from blake3 import blake3
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.errors import CheckpointError, UsageError
 from v4surgery.recipes import Recipe, recipe_from_text
-from v4surgery.slicers.apply import PROVENANCE_FILE, RECIPE_FILE, companion_files, make_jobs
+from v4surgery.slicers.apply import (
+    PROVENANCE_FILE,
+    RECIPE_FILE,
+    companion_files,
+    long_spans,
+    make_jobs,
+)
 from v4surgery.slicers.plan import Plan, replay
 from v4surgery.slicers.transform import EditJob
 from v4surgery.synth import RandomJob
@@ -130,9 +136,16 @@ def verify_replica(
         work = [[chunks[i]] for i in sorted(chosen)]
     else:
         work = [[(job, chunk) for chunk in range(job.num_chunks)] for job in jobs]
+        parent.source.will_read(long_spans(plan), workers)
     compare = _Comparison(replica, record["tensors"], progress)
     with ThreadPoolExecutor(workers, "v4surgery-verify") as pool:
-        found = [line for lines in pool.map(compare.run, work) for line in lines]
+        try:
+            found = [line for lines in pool.map(compare.run, work) for line in lines]
+        except BaseException:
+            for checkpoint in (parent, replica):
+                checkpoint.source.cancel()  # workers may be waiting for a server
+            raise
+    parent.source.check_unchanged()
     return Verification(
         tensors=len(compare.tensors),
         bytes_compared=compare.num_bytes,
