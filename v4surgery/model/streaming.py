@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,18 +212,19 @@ class Streamer:
         progress: Callable[[BlockTiming], None] | None,
     ) -> list[Tensor]:
         rows = [torch.tensor([ids], dtype=torch.int64) for ids in prompts]
-        self._embed(rows, store, observe)
+        for number, h in enumerate(self.embed(rows, observe)):
+            store[number] = h
         specs = [spec for spec in self.checkpoint.catalogue.blocks if not spec.is_drafter]
         ahead = self._reads_experts_ahead(sum(len(ids) for ids in prompts))
-        future = self.background.submit(self._load_block, specs[0], ahead)
+        future = self.background.submit(self.load_block, specs[0], ahead)
         for spec, upcoming in zip(specs, [*specs[1:], None], strict=True):
             began, read, waited = time.perf_counter(), self.loader.bytes_read, self.waited
             block = self.wait(future)
             if upcoming is not None:
-                future = self.background.submit(self._load_block, upcoming, ahead)
+                future = self.background.submit(self.load_block, upcoming, ahead)
             for number, ids in enumerate(rows):
                 detach = observe(block, spec.prefix, number) if observe else None
-                store[number] = self._run_block(block, store[number], ids)
+                store[number] = self.run_block(block, store[number], ids)
                 if detach is not None:
                     detach()
             timing = BlockTiming(
@@ -235,7 +236,8 @@ class Streamer:
             self.timings.append(timing)
             if progress is not None:
                 progress(timing)
-        return self._head(store, len(rows), logits, observe)
+        streams = (store[number] for number in range(len(rows)))
+        return [] if logits == "none" else self.head(streams, logits, observe)
 
     def wait(self, future: Future[T]) -> T:
         """The result of a background read; the time that it was waited for counts."""
@@ -276,33 +278,41 @@ class Streamer:
             and stored.entry.template.per_expert == experts
         }
 
-    def _load_block(self, spec: BlockSpec, ahead: bool) -> Block:
+    def load_block(self, spec: BlockSpec, experts_ahead: bool = False) -> Block:
+        """A block on the device; its experts are read when needed, or with it.
+
+        Raises:
+            CatalogueError: The checkpoint does not give all of its parameters.
+        """
         dense = self._stored(spec.prefix, experts=False)
         routed = self._stored(spec.prefix, experts=True)
         budget = self.options.weight_bytes - 2 * sum(item.nbytes for item in dense.values())
         experts = StreamedExperts(self, spec.prefix, routed, budget)
         block = Block(self.config, spec, self.numerics, experts=experts)
-        wanted = [*dense.values(), *(routed.values() if ahead else ())]
+        wanted = [*dense.values(), *(routed.values() if experts_ahead else ())]
         tensors = self.loader.load([ref for stored in wanted for ref in tensor_refs(stored)])
         for stem, stored in dense.items():
             weight, *scale = (tensors[ref] for ref in tensor_refs(stored))
             name = stem.removeprefix(spec.prefix)
             place(block, name, stored, weight, scale[0] if scale else None, self.numerics)
-        if ahead:
+        if experts_ahead:
             experts.adopt_all(tensors)
         block.to(self.device)
         require_loaded(block.named_parameters(), spec.prefix)
         return block.eval()
 
-    def _run_block(self, block: Block, h: Tensor, ids: Tensor) -> Tensor:
+    def run_block(self, block: Block, h: Tensor, ids: Tensor) -> Tensor:
+        """Streams ``(1, S, M, D)`` of a whole prompt, ids ``(1, S)``, through a loaded block."""
         progress = Progress.start(1, self.device).advance(ids.shape[1])
         out: Tensor = block(h.to(self.device), ids.to(self.device), progress, LayerCache())
         return out
 
-    def _embed(
-        self, rows: Sequence[Tensor], store: _ActivationStore, observe: Observer | None
-    ) -> None:
-        """Streams of every prompt from the rows of the embedding that they use."""
+    def embed(self, rows: Sequence[Tensor], observe: Observer | None = None) -> Iterator[Tensor]:
+        """Streams ``(1, S, M, D)`` of each prompt ``(1, S)``; reads the rows that they use.
+
+        Raises:
+            UsageError: The longest prompt does not fit the memory for activations.
+        """
         self._check_activations(max(ids.shape[1] for ids in rows))
         used = torch.cat([ids[0] for ids in rows]).unique()
         stored = self.checkpoint.tensors["embed"]
@@ -312,15 +322,21 @@ class Streamer:
             x = table[torch.searchsorted(used, ids)]
             embedded = _Passed()
             detach = observe(embedded, "embed", number) if observe else None
-            store[number] = embedded(x)[:, :, None].expand(-1, -1, self.config.hc_mult, -1)
+            streams = embedded(x)[:, :, None].expand(-1, -1, self.config.hc_mult, -1)
             if detach is not None:
                 detach()
+            yield streams
 
-    def _head(
-        self, store: _ActivationStore, count: int, wanted: str, observe: Observer | None
+    def head(
+        self, streams: Iterable[Tensor], wanted: str = "all", observe: Observer | None = None
     ) -> list[Tensor]:
-        if wanted == "none":
-            return []
+        """Logits of each prompt from its last streams, float32 ``(positions, V)`` on the host.
+
+        Args:
+            streams: ``(1, S, M, D)`` of each prompt.
+            wanted: ``all`` positions, or the ``last``.
+            observe: See :meth:`run`.
+        """
         trunk = _Head(self.config, self.numerics)
         stems = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
         refs = [self.checkpoint.tensors[stem] for stem in stems]
@@ -329,8 +345,8 @@ class Streamer:
             place(trunk, stem, stored, tensors[stored.weight], None, self.numerics)
         trunk.to(self.device)
         outputs = []
-        for number in range(count):
-            h = store[number].to(self.device)
+        for number, h in enumerate(streams):
+            h = h.to(self.device)
             x = trunk(h if wanted == "all" else h[:, -1:])
             head = _Passed()
             detach = observe(head, "logits", number) if observe else None
