@@ -12,7 +12,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from v4surgery import __version__
-from v4surgery.cli import generate, inspect, plan, recipes, slice, synth, trace, verify
+from v4surgery.cli import (
+    diff,
+    generate,
+    inspect,
+    plan,
+    recipes,
+    slice,
+    synth,
+    trace,
+    validate,
+    verify,
+)
 from v4surgery.errors import V4SurgeryError
 
 INTERRUPTED = 130
@@ -34,6 +45,8 @@ app.command("plan")(plan.run)
 app.command("slice")(slice.run)
 app.command("verify")(verify.run)
 app.command("trace")(trace.run)
+app.command("validate")(validate.run)
+app.command("diff")(diff.run)
 app.command("generate")(generate.run)
 
 

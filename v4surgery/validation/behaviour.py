@@ -22,7 +22,12 @@ from v4surgery.model.numerics import Numerics
 from v4surgery.model.streaming import BlockTiming, Streamer, StreamOptions
 from v4surgery.slicers.selection import BlockSelection
 from v4surgery.validation.mapping import TAP_AXES, ReplicaMapping
-from v4surgery.validation.measures import Closeness, LogitAgreement, RouterAgreement
+from v4surgery.validation.measures import (
+    Alignment,
+    Closeness,
+    LogitAgreement,
+    RouterAgreement,
+)
 from v4surgery.validation.taps import MODEL_TAPS, TapRecorder
 
 FREE, TAUGHT = "free", "taught"
@@ -42,6 +47,8 @@ class LayerBehaviour:
         kind: Compress ratio, and whether routing is by hash.
         taps: For each way, how close each tap is.
         router: For each way, whether tokens go to the same experts.
+        cka: For each way, linear CKA of all of the parent's channels and all of the replica's, of
+            ``out`` averaged over its streams; empty where both have as many channels.
     """
 
     target: str
@@ -51,6 +58,7 @@ class LayerBehaviour:
     router: dict[str, RouterAgreement] = field(
         default_factory=lambda: {way: RouterAgreement() for way in WAYS}
     )
+    cka: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -65,6 +73,7 @@ class LayerBehaviour:
                 way: {"share": router.share, "same_sets": router.same_sets}
                 for way, router in self.router.items()
             },
+            "cka": self.cka,
         }
 
 
@@ -181,6 +190,7 @@ class _Walk:
         )
         self._streams: list[Tensor] = []
         self._loaded: tuple[str, Block] | None = None
+        self._alignments: dict[str, Alignment] = {}
 
     def observe(self, module: nn.Module, prefix: str, prompt: int) -> Callable[[], None]:
         """For the parent's streamer: record a module, then compare when it has run."""
@@ -237,6 +247,15 @@ class _Walk:
                 close = layer.taps[way].setdefault(tap, Closeness())
                 close.add(actual[tap].flatten(0, 1), value.flatten(0, 1), prompt)
             layer.router[way].add(actual[GATE], choices)
+            self._align(layer, way, out[0].mean(1), values["out"][0].mean(1), prompt)
+
+    def _align(self, layer: LayerBehaviour, way: str, x: Tensor, y: Tensor, prompt: int) -> None:
+        """Add one prompt's ``(S, D)`` to a layer's CKA; products of widths are kept for no more."""
+        if x.shape[1] == y.shape[1]:
+            return
+        self._alignments.setdefault(way, Alignment()).add(x, y)
+        if prompt == len(self.rows) - 1:
+            layer.cka[way] = self._alignments.pop(way).cka
 
     def _load(self, selection: BlockSelection) -> Block:
         prefix = selection.target.prefix

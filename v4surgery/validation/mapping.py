@@ -59,14 +59,14 @@ class ReplicaMapping:
         """
         axes = TAP_AXES[tap]
         for offset, axis in enumerate(axes):
-            index = self._index(axis, block)
+            index = self.index(axis, block)
             if index is not None:
                 value = value.index_select(value.dim() - len(axes) + offset, index.to(value.device))
         return value
 
     def experts(self, chosen: Tensor, block: BlockSelection) -> Tensor:
         """The parent's choices ``(S, K)`` in the replica's numbers; -1 where it has none."""
-        kept = self._index("n_routed_experts", block)
+        kept = self.index("n_routed_experts", block)
         if kept is None:
             return chosen
         numbers = torch.full((self._parent.config.n_routed_experts,), -1, device=chosen.device)
@@ -75,10 +75,11 @@ class ReplicaMapping:
 
     def ids(self, replica_ids: Tensor) -> Tensor:
         """The parent's token ids of a prompt in the replica's vocabulary."""
-        kept = self._index("vocab_size", None)
+        kept = self.index("vocab_size", None)
         return replica_ids if kept is None else kept[replica_ids]
 
-    def _index(self, axis: str, block: BlockSelection | None) -> Tensor | None:
+    def index(self, axis: str, block: BlockSelection | None) -> Tensor | None:
+        """The parent's units that the replica has on a tap's axis, in its order; None for all."""
         source: Block | None = block.source if block else None
         kept = block.kept if block else self._model
         sizes = self._parent.catalogue.sizes(source)

@@ -50,9 +50,10 @@ class Closeness:
         self._cosines += torch.where(equal_zero, 1.0, cosines).sum().item()
         errors = (difference / norm.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         errors = torch.where(equal_zero, 0.0, errors)
-        worst = int(errors.nan_to_num(nan=torch.inf).argmax())
+        errors = errors.nan_to_num(nan=torch.inf, posinf=torch.inf)  # NaN is the worst of all
+        worst = int(errors.argmax())
         error = errors[worst].item()
-        if not error <= self.worst_error:  # a NaN is the worst of all
+        if error > self.worst_error:
             self.worst_error, self.worst_token = error, (prompt, worst)
         self.num_tokens += num_tokens
         self.is_exact = self.is_exact and torch.equal(actual, expected)
