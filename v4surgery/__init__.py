@@ -8,9 +8,10 @@
     plan = v4.plan(parent, "mini3b")                # pure
     replica = v4.slice(plan, "out/mini3b")          # streams, resumes
     v4.verify(replica, parent)
+    v4.validate(replica, parent).passed             # streams the parent layer by layer
 
 Importing the package imports nothing heavy: each name is loaded when it is first used, and
-torch never is.
+torch only when ``validate`` is called.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from v4surgery.version import __version__
 
 if TYPE_CHECKING:
-    from v4surgery.api import open, plan, slice, verify
+    from v4surgery.api import open, plan, slice, validate, verify
     from v4surgery.checkpoint.reader import Checkpoint
     from v4surgery.config import V4Config
     from v4surgery.errors import V4SurgeryError
@@ -43,6 +44,7 @@ __all__ = [
     "open",
     "plan",
     "slice",
+    "validate",
     "verify",
 ]
 
@@ -58,6 +60,7 @@ _HOMES = {
     "open": "v4surgery.api",
     "plan": "v4surgery.api",
     "slice": "v4surgery.api",
+    "validate": "v4surgery.api",
     "verify": "v4surgery.api",
 }
 

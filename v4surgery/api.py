@@ -1,10 +1,11 @@
-"""The library's verbs, as ``v4surgery.open``, ``.plan``, ``.slice``, ``.verify``."""
+"""The library's verbs: ``v4surgery.open``, ``.plan``, ``.slice``, ``.verify``, ``.validate``."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from v4surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from v4surgery.errors import UsageError
@@ -13,6 +14,11 @@ from v4surgery.slicers.apply import DEFAULT_MEMORY_BYTES, Replica, slice_plan
 from v4surgery.slicers.plan import Plan, make_plan
 from v4surgery.slicers.verified import record_verification
 from v4surgery.slicers.verify import Verification, verify_replica
+
+if TYPE_CHECKING:
+    import torch
+
+    from v4surgery.validation.verdict import Validation
 
 PathLike = str | os.PathLike[str]
 
@@ -117,6 +123,79 @@ def verify(
     verdict = verify_replica(opened, source, sample=sample, workers=workers, progress=progress)
     record_verification(opened, verdict, workers=workers)
     return verdict
+
+
+def validate(
+    replica: Checkpoint | Replica | PathLike,
+    parent: Checkpoint | PathLike,
+    prompts: Sequence[Sequence[int]] | PathLike | None = None,
+    *,
+    masked: bool = False,
+    report: PathLike | None = None,
+    sample: int | None = None,
+    mode: str = "exact",
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    implementation: str = "reference",
+    workers: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Validation:
+    """Judge a replica by its parent: bytes, function if asked for, behaviour on prompts.
+
+    Args:
+        replica: What to judge.
+        parent: What it was cut from; streamed, never in memory as a whole.
+        prompts: Token ids in the replica's vocabulary, or a file of prompts; by default a few
+            built-in ones.
+        masked: Whether to compare with the masked parent too.
+        report: Folder for report.html and validation.json.
+        sample: Compare the bytes of so many random chunks only.
+        mode: ``exact``, or ``official``: every rounding of the official inference code.
+        dtype: Of activations; by default float32 in exact, else bfloat16.
+        device: Where both compute.
+        implementation: Which operations run.
+        workers: Threads; by default one for each core.
+        progress: Called with ``bytes`` and each block's prefix as they are done.
+
+    Returns:
+        The report; ``passed`` and ``failures`` say what came out.
+
+    Raises:
+        UsageError: The parent is another one, or the prompts cannot be run.
+        CheckpointError: Either is no checkpoint, or the replica has no record.
+        OutputError: The report cannot be written.
+    """
+    import torch
+
+    from v4surgery.kernels.dispatch import Ops
+    from v4surgery.model.numerics import Numerics
+    from v4surgery.model.streaming import StreamOptions
+    from v4surgery.validation.default_prompts import choose_prompts
+    from v4surgery.validation.report import write_report
+    from v4surgery.validation.validate import validate_replica
+
+    path = replica.path if isinstance(replica, Replica) else replica
+    opened = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    source = parent if isinstance(parent, Checkpoint) else open_checkpoint(parent)
+    if prompts is None or isinstance(prompts, str | os.PathLike):
+        prompts = choose_prompts(opened, None if prompts is None else Path(prompts))
+    dtype = dtype or (torch.bfloat16 if mode == "official" else torch.float32)
+    workers = workers or default_workers(opened, source)
+    found = validate_replica(
+        opened,
+        source,
+        prompts,
+        make_numerics=lambda: Numerics(mode, dtype, Ops(implementation)),
+        device=device,
+        masked=masked,
+        sample=sample,
+        workers=workers,
+        options=StreamOptions(workers=workers),
+        progress=progress,
+    )
+    if report is not None:
+        write_report(found, Path(report))
+    return found
 
 
 def default_workers(*read: Checkpoint) -> int:

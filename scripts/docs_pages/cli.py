@@ -29,7 +29,10 @@ def cli_page() -> Iterator[str]:
             (1, "failed: a file, a folder, a parent, or a recipe that does not fit it"),
             (2, "usage: the command, an option, or a recipe with mistakes"),
             (3, "the check ran, and the replica failed it"),
-            (130, "interrupted; `synth`, `slice` and `push` go on where they stopped when run again"),
+            (
+                130,
+                "interrupted; `synth`, `slice` and `push` go on where they stopped when run again",
+            ),
         ),
     )
     for words in verbs(get_command(app)):

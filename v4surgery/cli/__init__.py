@@ -13,6 +13,7 @@ import typer
 
 from v4surgery import __version__
 from v4surgery.cli import (
+    diff,
     generate,
     inspect,
     kernels,
@@ -22,6 +23,7 @@ from v4surgery.cli import (
     slice,
     synth,
     trace,
+    validate,
     verify,
 )
 from v4surgery.errors import V4SurgeryError
@@ -45,6 +47,8 @@ app.command("plan")(plan.run)
 app.command("slice")(slice.run)
 app.command("verify")(verify.run)
 app.command("trace")(trace.run)
+app.command("validate")(validate.run)
+app.command("diff")(diff.run)
 app.command("generate")(generate.run)
 app.add_typer(kernels.app, name="kernels")
 app.command("push")(push.run)

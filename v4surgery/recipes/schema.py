@@ -184,8 +184,29 @@ class Validate(Section):
         default=None,
         description="Smallest share of positions with the parent's most likely token, 0 to 1.",
     )
+    top5_agreement: Share | None = Field(
+        default=None,
+        description="Smallest share of the parent's five most likely tokens that are among the "
+        "replica's, 0 to 1.",
+    )
+    perplexity_ratio: NonNegative | None = Field(
+        default=None,
+        description="Largest perplexity on the prompts, in multiples of the parent's.",
+    )
     relative_error: NonNegative | None = Field(
-        default=None, description="Largest relative error of a layer's activations."
+        default=None,
+        description="Largest relative error of a layer's output, parent and replica each running "
+        "on its own.",
+    )
+    taught_error: NonNegative | None = Field(
+        default=None,
+        description="Largest relative error of a layer's output where each layer is fed the "
+        "parent's input.",
+    )
+    router_agreement: Share | None = Field(
+        default=None,
+        description="Smallest share in a layer of the parent's choices of kept experts that the "
+        "replica makes too, each layer fed the parent's input, 0 to 1.",
     )
 
 

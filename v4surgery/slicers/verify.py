@@ -2,7 +2,8 @@
 
 The record in ``v4surgery.json`` says what was selected; the plan is made again from it, every
 tensor is computed again from the parent and compared with the replica's bytes. Config against
-tensors is checked both ways by opening the replica.
+tensors is checked both ways: opening the replica holds every tensor against the config, and the
+plan's config and headers are held against the replica's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from v4surgery.checkpoint.layout import OutputTensor
+from v4surgery.checkpoint.matching import TensorRef
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.errors import CheckpointError, UsageError
 from v4surgery.recipes import Recipe, recipe_from_text
@@ -25,6 +28,7 @@ from v4surgery.slicers.apply import (
     companion_files,
     long_spans,
     make_jobs,
+    provenance_of,
 )
 from v4surgery.slicers.plan import Plan, replay
 from v4surgery.slicers.transform import EditJob
@@ -156,19 +160,21 @@ def verify_replica(
 
 def _record_problems(plan: Plan, record: Mapping[str, Any], replica: Checkpoint) -> list[str]:
     """Config, files and record against the plan."""
-    problems = []
-    wanted = {output.name: shard.file for shard in plan.shards for output in shard.tensors}
-    have = {
-        name: ref.file
-        for stored in replica.tensors.values()
-        for name, ref in (
-            (stored.entry.stem + stored.entry.template.suffix, stored.weight),
-            (stored.entry.stem + ".scale", stored.scale),
-        )
-        if ref is not None
-    }
-    problems += [f"{name}: planned, but not in the replica" for name in wanted.keys() - have.keys()]
+    wanted = {output.name: output for shard in plan.shards for output in shard.tensors}
+    have = _stored(replica)
+    problems = [f"{name}: planned, but not in the replica" for name in wanted.keys() - have.keys()]
     problems += [f"{name}: in the replica, but not planned" for name in have.keys() - wanted.keys()]
+    problems += [
+        f"{name}: {have[name].dtype} {list(have[name].shape)}, and must be "
+        f"{wanted[name].dtype} {list(wanted[name].shape)}"
+        for name in wanted.keys() & have.keys()
+        if not _is_as_planned(have[name], wanted[name])
+    ]
+    problems += [
+        f"{file}: no tensor of the index is in this file"
+        for file in replica.source.list_files()
+        if file.endswith(".safetensors") and file not in replica.files
+    ]
     config = json.loads(replica.read_file("config.json"))
     wanted_config = json.loads(json.dumps(plan.config.to_dict()))
     for key in sorted(config.keys() | wanted_config.keys()):
@@ -179,10 +185,42 @@ def _record_problems(plan: Plan, record: Mapping[str, Any], replica: Checkpoint)
     for name, content in companion_files(plan).items():
         if name not in replica.source.list_files() or replica.read_file(name) != content:
             problems.append(f"{name}: not what the plan makes of the parent's")
-    same_version = record["tool"]["version"] == __version__
-    if same_version and record["plan_hash"] != plan.plan_hash:
-        problems.append("v4surgery.json: the plan's hash is not the recorded one")
+    if record["tool"]["version"] == __version__:
+        problems += _provenance_problems(plan, record)
     return sorted(problems)
+
+
+def _provenance_problems(plan: Plan, record: Mapping[str, Any]) -> list[str]:
+    """What the record says beside the selections: hash, sizes, and where each tensor is from."""
+    wanted = json.loads(json.dumps(provenance_of(plan, {}, {})))
+    found = record["tensors"]
+    problems = [
+        f"v4surgery.json: {name} does not come about as recorded"
+        for name, item in wanted["tensors"].items()
+        if {**found.get(name, {}), "blake3": None} != item
+    ]
+    problems += [
+        f"v4surgery.json: {key} is not what the plan makes it"
+        for key in ("recipe", "parameters", "num_tensors")
+        if record.get(key) != wanted[key]
+    ]
+    if record["plan_hash"] != plan.plan_hash:
+        problems.append("v4surgery.json: the plan's hash is not the recorded one")
+    return problems
+
+
+def _stored(replica: Checkpoint) -> dict[str, TensorRef]:
+    """Every stored tensor by its published name."""
+    found: dict[str, TensorRef] = {}
+    for stored in replica.tensors.values():
+        found[stored.entry.stem + stored.entry.template.suffix] = stored.weight
+        if stored.scale is not None:
+            found[stored.entry.stem + ".scale"] = stored.scale
+    return found
+
+
+def _is_as_planned(ref: TensorRef, output: OutputTensor) -> bool:
+    return (ref.dtype, ref.shape) == (output.dtype, output.shape)
 
 
 class _Comparison:
@@ -197,24 +235,25 @@ class _Comparison:
         self.replica, self.records, self.progress = replica, records, progress
         self.tensors: set[str] = set()
         self.num_bytes = 0
-        self.refs = {}
-        for stored in replica.tensors.values():
-            self.refs[stored.entry.stem + stored.entry.template.suffix] = stored.weight
-            if stored.scale is not None:
-                self.refs[stored.entry.stem + ".scale"] = stored.scale
+        self.refs = _stored(replica)
 
     def run(self, chunks: list[tuple[EditJob | RandomJob, int]]) -> list[str]:
         """Differences of the given chunks of one job: all of them in order, or a single one."""
         job = chunks[0][0]
         is_whole = len(chunks) == job.num_chunks
-        hashers = {output.name: blake3() for output in job.outputs if output.name in self.refs}
+        # Tensors of another shape or dtype are named where headers are compared.
+        hashers = {
+            output.name: blake3()
+            for output in job.outputs
+            if (ref := self.refs.get(output.name)) and _is_as_planned(ref, output)
+        }
         problems: dict[str, str] = {}
         for _, chunk in chunks:
             offsets = job.offsets(chunk)
             for output, offset, buffer in zip(
                 job.outputs, offsets, job.compute(chunk), strict=True
             ):
-                if output.name not in self.refs or not (expected := _as_bytes(buffer)):
+                if output.name not in hashers or not (expected := _as_bytes(buffer)):
                     continue
                 ref = self.refs[output.name]
                 begin = ref.begin + offset

@@ -130,7 +130,8 @@ def dense64(matrix: Stored, inputs: int, dtype: torch.dtype = torch.bfloat16) ->
     if 2 * weight.shape[1] == inputs:
         return decode_e2m1(weight) * factor.repeat_interleave(32, 1)
     spread = factor.repeat_interleave(128, 0).repeat_interleave(128, 1)
-    return decode_e4m3(weight) * spread[: weight.shape[0], :inputs]
+    values: Tensor = decode_e4m3(weight) * spread[: weight.shape[0], :inputs]
+    return values
 
 
 def round_to_fp8(x: Tensor) -> Tensor:
