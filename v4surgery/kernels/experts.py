@@ -199,7 +199,9 @@ def experts(
     require_shape("experts", "out", out, (*indices.shape, x.shape[1]))
     require_dtype("experts", "out", out, x.dtype)
     if not out.is_contiguous():
-        raise UsageError("out lies scattered", value=out.stride(), rule="contiguous")
+        raise UsageError(
+            "out lies scattered", where="experts", value=out.stride(), rule="contiguous"
+        )
     if not out.numel() or not w1.present:
         return out
     x, routing = x if x.stride(1) == 1 else x.contiguous(), weights.flatten()
@@ -239,9 +241,8 @@ def _tile_rows(x: Tensor, num_slots: int, num_experts: int) -> int:
 def _require_fit(
     x: Tensor, indices: Tensor, weights: Tensor, matrices: tuple[ExpertWeights, ...], official: bool
 ) -> None:
-    require_same_device(
-        "experts", x, indices, weights, *(w for m in matrices for w, _ in m.present)
-    )
+    first = (matrix for each in matrices for matrix, _ in each.present[:1])
+    require_same_device("experts", x, indices, weights, *first)
     dtypes = (torch.bfloat16,) if official else (torch.bfloat16, torch.float32)
     require_dtype("experts", "x", x, *dtypes)
     require_dtype("experts", "indices", indices, torch.int64)
@@ -260,4 +261,6 @@ def _require_fit(
             )
         if each.present and (each.out_features, each.in_features) != shape:
             value = (each.out_features, each.in_features)
-            raise UsageError(f"{name} has the wrong shape", value=value, rule=str(shape))
+            raise UsageError(
+                f"{name} has the wrong shape", where="experts", value=value, rule=str(shape)
+            )

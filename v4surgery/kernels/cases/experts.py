@@ -140,7 +140,7 @@ def round_to_fp8(x: Tensor) -> Tensor:
     groups = torch.nn.functional.pad(x, (0, -width % 128)).unflatten(-1, (-1, 128))
     mantissa, exponent = torch.frexp(groups.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 448)
     scale = 2.0 ** (exponent - (mantissa == 0.5).int()).double()
-    rounded = (groups / scale).float().to(torch.float8_e4m3fn).double() * scale
+    rounded: Tensor = (groups / scale).float().to(torch.float8_e4m3fn).double() * scale
     return rounded.flatten(-2)[..., :width]
 
 
