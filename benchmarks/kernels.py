@@ -14,6 +14,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from v4surgery.catalogue import QUANTIZED, Catalogue, published_format, stored_tensors
 from v4surgery.kernels.check import Ceilings, bench_case, find_cases, measure_ceilings, time_call
 from v4surgery.kernels.dispatch import Ops
-from v4surgery.model.cache import Cache
+from v4surgery.model.cache import Cache, LayerCache, Progress
 from v4surgery.model.linear import Linear
 from v4surgery.model.numerics import Numerics
 from v4surgery.model.transformer import Transformer
@@ -214,6 +215,45 @@ def our_layers(implementation: str, tokens: int) -> Iterator[Line]:
         one = timed_layers(model.layers, lambda: model.run_blocks(ids[:, -1:], cache), rounds)
         for kind, milliseconds in zip(KINDS, one, strict=True):
             yield Line(f"layer {kind}, decode at {tokens}, official", implementation, milliseconds)
+        if implementation == "triton":
+            yield from on_device(model, ids, tokens)
+
+
+def on_device(model: Transformer, ids: Tensor, tokens: int) -> Iterator[Line]:
+    """The same layers replayed from a graph: without the time to launch kernels from Python."""
+    streams = torch.randn(1, tokens, 4, FLASH.hidden_size, device=DEVICE, dtype=torch.bfloat16)
+    cache = Cache()
+    model.run_blocks(ids[:, :tokens], cache)
+    assert cache.progress is not None
+    start = Progress.start(1, DEVICE).advance(tokens)
+    step = cache.progress.advance(1)
+    for kind, layer in zip(KINDS, model.layers, strict=True):
+        full = cache.layer(layer.prefix)  # type: ignore[arg-type]
+        calls = {
+            f"{tokens}-token prefill": partial(layer, streams, ids[:, :tokens], start),
+            f"decode at {tokens}": partial(layer, streams[:, :1], ids[:, -1:], step),
+        }
+        for what, call in calls.items():
+            kept = LayerCache() if "prefill" in what else full
+            run = partial(_with_copy, call, kept)
+            read = weight_bytes(layer, 1) if "decode" in what else 0
+            yield Line(
+                f"layer {kind}, {what}, official", "triton, a graph", time_call(run) * 1e3, read
+            )
+
+
+def _with_copy(call: Callable[[LayerCache], object], cache: LayerCache) -> None:
+    call(LayerCache(cache.window, dict(cache.compressors)))
+
+
+def weight_bytes(layer: nn.Module, tokens: int) -> int:
+    """Bytes of a layer's weights that so many tokens touch, each with experts of its own."""
+    total = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
+    experts = list(layer.get_submodule("ffn.experts").children())
+    routed = sum(
+        t.numel() * t.element_size() for t in (*experts[0].parameters(), *experts[0].buffers())
+    )
+    return total - routed * (len(experts) - tokens * FLASH.num_experts_per_tok)
 
 
 def transformers_layers(experts: str, tokens: int) -> Iterator[Line]:

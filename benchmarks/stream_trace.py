@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from v4surgery.checkpoint.reader import Checkpoint, open_checkpoint
+from v4surgery.kernels.dispatch import Ops
 from v4surgery.model.numerics import Numerics
 from v4surgery.model.ranges import PIECE_BYTES, RangeLoader
 from v4surgery.model.streaming import Streamer, StreamOptions, tensor_refs
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--implementation", default="triton")
     parser.add_argument(
         "--full", action="store_true", help="all of V4-Flash's layers and experts, sparse"
     )
@@ -72,7 +74,9 @@ def main() -> None:
         forwards = []
         for _ in range(1 if options.full else 2):
             prepare()
-            forwards.append(forward(checkpoint, device, ids, options.workers))
+            forwards.append(
+                forward(checkpoint, device, ids, options.workers, options.implementation)
+            )
         block_bytes = sum(
             stored.nbytes
             for stored in checkpoint.tensors.values()
@@ -153,10 +157,14 @@ def load_blocks(checkpoint: Checkpoint, device: torch.device, workers: int) -> f
 
 
 def forward(
-    checkpoint: Checkpoint, device: torch.device, ids: list[int], workers: int
+    checkpoint: Checkpoint,
+    device: torch.device,
+    ids: list[int],
+    workers: int,
+    implementation: str,
 ) -> dict[str, object]:
     """A streamed forward in bf16: seconds, of them waiting, bytes, peak device memory."""
-    numerics = Numerics("exact", torch.bfloat16)
+    numerics = Numerics("exact", torch.bfloat16, Ops(implementation))
     options = StreamOptions(weight_bytes=20_000_000_000, workers=workers)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -32,22 +32,25 @@ def test_every_kernel_compiles_for(target: str) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(run.stdout)
     assert not report["failures"]
-    decorators = ["@triton.jit", *(["@gluon.jit"] if target == "sm_90" else [])]
     names = {
         name
         for path in (REPOSITORY / "v4surgery" / "kernels").glob("*.py")
-        for name in kernel_names(path, decorators)
+        if target == "sm_90" or not path.stem.endswith("_hopper")
+        for name in kernel_names(path)
     }
+    if target != "sm_90":
+        names.remove("permute_rows_kernel")  # the order of inputs that only Hopper's kernel wants
     assert set(report["kernels"]) == names
     for kernel, builds in report["kernels"].items():
         assert builds and all(LAST_STAGE[target] in stages for stages in builds), kernel
 
 
-def kernel_names(path: Path, decorators: list[str]) -> set[str]:
-    """Functions that are launched: their names end in ``_kernel``. Those in Gluon are Hopper's."""
+def kernel_names(path: Path) -> set[str]:
+    """Functions that are launched: their names end in ``_kernel``."""
     lines = path.read_text().splitlines()
     return {
         after.split("(")[0].removeprefix("def ")
         for line, after in itertools.pairwise(lines)
-        if line.startswith(tuple(decorators)) and after.split("(")[0].endswith("_kernel")
+        if line.startswith(("@triton.jit", "@gluon.jit"))
+        and after.split("(")[0].endswith("_kernel")
     }

@@ -44,7 +44,7 @@ class Indexer(nn.Module):
         """
         ops = self.numerics.ops
         q = self.wq_b(qr).unflatten(-1, (self.num_heads, self.head_dim))
-        q = self.rounded(ops.rope(q, progress.positions, self.frequencies, inplace=True))
+        q = self.rounded(ops.rope(q, progress.positions, self.frequencies))
         k = self.rounded(self.compressor(x, progress, cache))
         weights = self.weights_proj(x).float() * (self.head_dim * self.num_heads) ** -0.5
         num_visible = (progress.positions + 1) // self.ratio
