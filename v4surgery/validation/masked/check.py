@@ -158,8 +158,9 @@ class _Check:
             [{**self.observer.take(i, kept.target), "draft": drafts[i]} for i in numbers],
             numbers,
         )
-        streams = [block.places.streams.placed(self.last[i]) for i in numbers]
-        embedded = [self.ends.embed(self.ids[i]) for i in numbers]
+        device = self.device
+        streams = [block.places.streams.placed(self.last[i].to(device)) for i in numbers]
+        embedded = [self.ends.embed(self.ids[i]).to(device) for i in numbers]
         used = grade_drafter(block, settlers, streams, embedded)
         self._grade_idle(block, used, settlers[0].theirs["ffn.in"])
 

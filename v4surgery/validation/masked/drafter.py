@@ -46,7 +46,9 @@ def run_drafter(drafter: MTPBlock, h: Tensor, embedded: Tensor, ids: Tensor) -> 
         embedded: Embedding of the ids, ``(S, D')``.
         ids: int64 ``(S,)``.
     """
-    progress = Progress.start(1, ids.device).advance(len(ids) - 1)
+    device = drafter.enorm.weight.device
+    h, embedded, ids = (tensor.to(device) for tensor in (h, embedded, ids))
+    progress = Progress.start(1, device).advance(len(ids) - 1)
     drafted = drafter.draft(h[None, :-1], embedded[None, 1:], ids[None, 1:], progress, LayerCache())
     return drafted[0]
 
