@@ -25,3 +25,15 @@ def normal() -> Normal:
         return torch.randn(*shape, generator=generator) * std
 
     return draw
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is handed out is full of NaN.
+
+    Operations that give integers, or NaN by right, poison with a value of their own.
+    """
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan)
+    )

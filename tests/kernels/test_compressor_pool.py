@@ -17,13 +17,6 @@ NAN = float("nan")
 SMALL = [case for case in CASES if case.op in ("compressor_pool",) and not case.real]
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is handed out is full of NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(NAN))
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.op}: {case.label}")
 def test_case_is_within_its_bound(case: Case) -> None:

@@ -19,15 +19,6 @@ CPU = torch.device("cpu")
 SMALL = [case for case in CASES if case.op.startswith("hadamard") and not case.real]
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is handed out is full of NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(
-        torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan)
-    )
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.op}: {case.label}")
 @pytest.mark.parametrize("implementation", ["triton", "reference"])
