@@ -4,13 +4,14 @@ Downloads the wheels that ``packages.txt`` pins, takes their ``.py`` files, leav
 and what another package has already, and splits by file: one in 64 is held out. Nothing here
 depends on the order of a folder, so the same wheels give the same corpus, byte for byte.
 
-    python corpus.py --wheels wheels --out corpus      # train.txt.xz, heldout.txt and its sources
+    python corpus.py --wheels wheels --out corpus      # train.txt.xz, heldout.jsonl and its sources
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import lzma
 import subprocess
 import sys
@@ -23,8 +24,17 @@ END = "\x00"  # between documents; the tokenizer's end-of-sentence token stands 
 MIN_BYTES, MAX_BYTES = 800, 120_000
 PACKAGE_BYTES = 3_000_000
 HELD_OUT_IN = 64
-HELD_OUT_BYTES = 160_000
-SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "vendor", "locale", "locales", "migrations"}
+HELD_OUT_CHARS, HELD_OUT_DOCUMENT_CHARS = 160_000, 12_000
+SKIPPED_FOLDERS = {
+    "tests",
+    "test",
+    "testing",
+    "_vendor",
+    "vendor",
+    "locale",
+    "locales",
+    "migrations",
+}
 
 
 def download(wheels: Path) -> None:
@@ -102,11 +112,11 @@ def main() -> None:
     kept: list[tuple[str, str]] = []
     size = 0
     for where, text in held_out:
-        if size + len(text) <= HELD_OUT_BYTES:
+        if len(text) <= HELD_OUT_DOCUMENT_CHARS and size + len(text) <= HELD_OUT_CHARS:
             kept.append((where, text))
             size += len(text)
-    texts = END.join(text for _, text in kept)
-    (options.out / "heldout.txt").write_text(texts, encoding="utf-8")
+    lines = "".join(json.dumps({"prompt": text}) + "\n" for _, text in kept)
+    (options.out / "heldout.jsonl").write_text(lines, encoding="utf-8")
     names = "".join(f"{where}\n" for where, _ in kept)
     (options.out / "heldout_sources.txt").write_text(names, encoding="utf-8")
     print(f"{len(train)} documents, {sum(map(len, train)):,} characters to learn")

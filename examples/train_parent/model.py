@@ -32,12 +32,16 @@ NEVER = -1e30  # a finite stand-in for -inf: a row that sees nothing keeps finit
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile for the GPU on first use; a CPU runs it as it is."""
-    on_gpu = torch.compile(function, dynamic=False)
+
+    @functools.cache
+    def on_gpu() -> Callable[..., Any]:
+        torch._dynamo.config.recompile_limit = 64  # a version for each shape, of which few
+        return torch.compile(function, dynamic=False)
 
     @functools.wraps(function)
     def choose(*args: Any) -> Any:
         is_cuda = any(isinstance(a, Tensor) and a.is_cuda for a in args)
-        return (on_gpu if is_cuda else function)(*args)
+        return (on_gpu() if is_cuda else function)(*args)
 
     return choose
 
@@ -92,7 +96,7 @@ def pooled(kv: Tensor, gate: Tensor) -> Tensor:
 def attend(
     local: Tensor, far: Tensor, sink: Tensor, sees: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over window scores ``(B, S, N, 2W)`` and entry scores ``(B, S, N, C)`` with a sink."""
+    """Softmax with a sink over window scores ``(B, S, N, 2W)`` and those of entries, C of them."""
     size = local.shape[-1] // 2
     seq = local.shape[1]
     position = torch.arange(seq, device=local.device)[:, None]
@@ -144,7 +148,7 @@ def mixes(h: Tensor, fn: Tensor) -> Tensor:
 
 @compiled
 def split(mixed: Tensor, scale: Tensor, base: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """pre and post ``(..., M)`` and the positive matrix ``(..., M, M)`` before Sinkhorn."""
+    """Pre and post ``(..., M)`` and the positive matrix ``(..., M, M)`` before Sinkhorn."""
     m = int((mixed.shape[-1] + 1) ** 0.5) - 1
     pre = (mixed[..., :m] * scale[0] + base[:m]).sigmoid() + eps
     post = 2 * (mixed[..., m : 2 * m] * scale[1] + base[m : 2 * m]).sigmoid()
@@ -421,8 +425,9 @@ class TrainableV4(nn.Module):
         self.head = nn.Parameter(torch.randn(shape) * 0.02)
         self.norm, self.hc_head = ones(config.hidden_size), Connection(config, config.hc_mult, 1)
         specs = Catalogue(config).blocks
-        self.layers = nn.ModuleList([Block(config, s, generator) for s in specs if not s.is_drafter])
-        self.mtp = nn.ModuleList([Drafter(config, s, generator) for s in specs if s.is_drafter])
+        trunk, drafters = ([s for s in specs if s.is_drafter == wanted] for wanted in (False, True))
+        self.layers = nn.ModuleList([Block(config, s, generator) for s in trunk])
+        self.mtp = nn.ModuleList([Drafter(config, s, generator) for s in drafters])
 
     def forward(self, ids: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What the head turns into logits, ``(B, S, D)``: of the next token, of the one after.

@@ -88,12 +88,13 @@ class _Sinkhorn(torch.autograd.Function):
         out, (steps, rows, m) = torch.empty_like(y), sums.shape
         iterations = (steps + 1) // 2
         grid = (triton.cdiv(rows, BLOCK),)
-        _backward[grid](y, sums, grad.contiguous(), out, rows, ITERATIONS=iterations, M=m, BLOCK_T=BLOCK)
+        grad = grad.contiguous()
+        _backward[grid](y, sums, grad, out, rows, ITERATIONS=iterations, M=m, BLOCK_T=BLOCK)
         return out, None, None
 
 
 def sinkhorn(x: Tensor, iterations: int, eps: float) -> Tensor:
-    """Positive ``(..., M, M)`` float32, columns then rows normalised in turn, ending with columns."""
+    """Positive ``(..., M, M)`` float32: columns and rows normalised in turn, columns last."""
     if x.is_cuda:
         y: Tensor = _Sinkhorn.apply(x, iterations, eps)
         return y

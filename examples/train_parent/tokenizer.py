@@ -1,6 +1,6 @@
 """A byte-level BPE tokenizer of the corpus, with V4's first two ids: 0 begins, 1 ends a text.
 
-    python tokenizer.py --corpus corpus --out corpus/tokenizer.json
+python tokenizer.py --corpus corpus --out corpus/tokenizer.json
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 BEGIN_TOKEN, END_TOKEN = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 VOCAB_SIZE = 4096
-SAMPLE_BYTES = 24_000_000
+SAMPLE_CHARS = 24_000_000
 
 
 def train_tokenizer(documents: list[str]) -> Tokenizer:
@@ -40,11 +40,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("corpus/tokenizer.json"))
     options = parser.parse_args()
     text = lzma.decompress((options.corpus / "train.txt.xz").read_bytes()).decode()
-    tokenizer = train_tokenizer(text[:SAMPLE_BYTES].split(END))
+    tokenizer = train_tokenizer(text[:SAMPLE_CHARS].split(END))
     tokenizer.save(str(options.out))
-    held_out = (options.corpus / "heldout.txt").read_text(encoding="utf-8")
-    num_tokens = len(tokenizer.encode(held_out).ids)
-    print(f"{tokenizer.get_vocab_size()} entries, {len(held_out) / num_tokens:.2f} characters each")
+    tokens = len(tokenizer.encode(text[-SAMPLE_CHARS:]).ids)
+    print(f"{tokenizer.get_vocab_size()} entries, {SAMPLE_CHARS / tokens:.2f} characters each")
 
 
 if __name__ == "__main__":

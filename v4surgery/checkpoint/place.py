@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder here, or a repository on the Hub."""
+"""Where a checkpoint is: a folder here, a parent in the box, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from v4surgery.checkpoint.folder import LocalFolder
 from v4surgery.checkpoint.source import Source
 from v4surgery.errors import CheckpointError, UsageError
+from v4surgery.parents import parent_folder
 
 # How the Hub writes a repository, and the project a revision of it.
 _REPOSITORY = re.compile(r"(?P<repo>(?P<org>\w[\w.-]*)/\w[\w.-]*)(?:@(?P<revision>[^@]+))?")
@@ -21,13 +22,13 @@ def open_source(
     token: str | bool | None = None,
     workers: int | None = None,
 ) -> Source:
-    """The files of a folder, or of a repository at one commit.
+    """The files of a folder, of a parent in the box, or of a repository at one commit.
 
     What is there as a folder is one. Otherwise ``org/name`` is a repository, unless there is a
     folder ``org`` here, in which ``name`` must be a typing error: a revision settles that.
 
     Args:
-        path: A folder, ``org/name`` or ``org/name@revision``.
+        path: A folder, the name of a parent in the box, ``org/name`` or ``org/name@revision``.
         revision: Branch, tag or commit of a repository.
         token: A token, False for none, None for the one that huggingface_hub finds.
         workers: Threads that fetch headers.
@@ -46,7 +47,8 @@ def open_source(
                 rule="a revision of a repository on the Hub",
                 hint="leave --revision out, or go where no folder has the repository's name",
             )
-        return LocalFolder(Path(path))
+        boxed = None if os.path.lexists(path) else parent_folder(path)
+        return LocalFolder(boxed or Path(path))
     named = found["revision"]
     if revision is not None and named is not None and revision != named:
         raise UsageError(

@@ -46,7 +46,7 @@ def open_parent(
             "no parent",
             where=f"recipe {recipe.name}",
             rule="--parent, or `parent:` in the recipe",
-            hint="give its folder with --parent; `v4surgery synth --like demo --out demo-parent` "
-            "makes a small one",
+            hint="give its folder with --parent; `--parent python-14m` is a small one in the box, "
+            "`v4surgery synth --like demo --out demo-parent` makes one",
         )
     return open_checkpoint(path, revision=revision, token=token, workers=workers)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from v4surgery.config import V4Config
 from v4surgery.errors import UsageError
+from v4surgery.parents import held_out_prompts
 from v4surgery.text.chat import SYSTEM, USER, Message, format_chat
 from v4surgery.text.tokenizer import Tokenizer
 
@@ -229,11 +230,13 @@ def gather_prompts(
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file, at least one.
+    """The prompts of a file, or of the text held out of a parent in the box; at least one.
 
     Raises:
         UsageError: The file cannot be read, holds none, or one that is wrong.
     """
+    held_out = None if path.exists() else held_out_prompts(path)
+    path = held_out or path
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
