@@ -24,6 +24,7 @@ from v4surgery.recipes.schema import (
     Section,
     Store,
     Validate,
+    is_score,
 )
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "builtin_names",
     "builtin_path",
     "dump_recipe",
+    "is_score",
     "load_recipe",
     "recipe_from_text",
 ]

@@ -1,0 +1,147 @@
+"""Attention: heads and their groups, the two low ranks, the dims without position.
+
+Source: Minitron, arXiv:2407.14679, scores heads by the size of their outputs; here of what they
+add to the hidden state. Wanda, arXiv:2306.11695, for |activation| x norm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from v4surgery.importance.probes.probe import (
+    Probe,
+    column_norms,
+    on_input,
+    on_output,
+    rms_normalised,
+    tokens_of,
+)
+from v4surgery.model.attention import Attention
+from v4surgery.model.block import Block
+
+TOKENS_PER_STEP = 512
+
+
+class HeadsProbe(Probe):
+    """``contribution``: mean norm of what a head, or a whole group, adds after wo_a and wo_b.
+
+    With a head's output o, u = wo_a's block times o, and B = wo_b's columns of the group,
+    |B u|^2 = u . (B^T B) u. The Gram matrix B^T B is (L, L), once for each group and block.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._grams: list[Tensor] = []
+
+    def attach(self, block: Block) -> list[RemovableHandle]:
+        return [on_output(block.attn.heads, lambda out: self._add(block.attn, tokens_of(out)))]
+
+    def _add(self, attention: Attention, heads_TNH: Tensor) -> None:
+        config = attention.config
+        groups, rank = config.o_groups, config.o_lora_rank
+        if not self._grams:
+            wo_b = attention.wo_b.dense(attention.numerics.dtype).detach().float()
+            self._grams = [b_DL.T @ b_DL for b_DL in wo_b.split(rank, dim=1)]
+        wo_a = attention.wo_a.dense(attention.numerics.dtype).detach().float()
+        of_heads, of_groups = [], []
+        for group, heads in enumerate(heads_TNH.chunk(groups, dim=1)):
+            a_LnH = wo_a[group * rank : (group + 1) * rank].unflatten(1, (-1, config.head_dim))
+            head_sum, group_sum = _contributions(heads, a_LnH, self._grams[group])
+            of_heads.append(head_sum)
+            of_groups.append(group_sum)
+        tokens = len(heads_TNH)
+        contribution = "contribution"
+        self.totals.add(self.key(contribution, "num_attention_heads"), torch.cat(of_heads), tokens)
+        self.totals.add(self.key(contribution, "o_groups"), torch.stack(of_groups), tokens)
+
+
+def _contributions(heads_TnH: Tensor, a_LnH: Tensor, gram_LL: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over tokens of the norms that each head of a group adds, ``(n,)``, and the group."""
+    heads = torch.zeros(heads_TnH.shape[1], dtype=torch.float64, device=heads_TnH.device)
+    group = heads.new_zeros(())
+    for part in heads_TnH.split(TOKENS_PER_STEP):
+        u_TnL = torch.einsum("tnh,lnh->tnl", part, a_LnH)
+        heads += _norms(u_TnL, gram_LL).sum(0, dtype=torch.float64)
+        group += _norms(u_TnL.sum(1), gram_LL).sum(dtype=torch.float64)
+    return heads, group
+
+
+def _norms(u: Tensor, gram_LL: Tensor) -> Tensor:
+    """|B u| for each u, from B's Gram matrix; rounding can put a square below zero."""
+    return ((u @ gram_LL) * u).sum(-1).clamp_min(0).sqrt()
+
+
+class QueryRankProbe(Probe):
+    """``activation``: mean |q_norm's output| x norm of the columns of all that reads it."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._norms: Tensor | None = None
+
+    def attach(self, block: Block) -> list[RemovableHandle]:
+        attention = block.attn
+        if self._norms is None:
+            norms = column_norms(attention.wq_b)
+            if attention.indexer is not None:
+                norms = torch.hypot(norms, column_norms(attention.indexer.wq_b))
+            self._norms = norms
+        key = self.key("activation", "q_lora_rank")
+        return [on_output(attention.q_norm, lambda qr: self._add(key, tokens_of(qr)))]
+
+    def _add(self, key: str, qr_TQ: Tensor) -> None:
+        assert self._norms is not None
+        self.totals.add(key, qr_TQ.abs().sum(0, dtype=torch.float64) * self._norms, len(qr_TQ))
+
+
+class OutputRankProbe(Probe):
+    """``activation``: mean |wo_a's output| x norm of wo_b's column, group-major."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._norms: Tensor | None = None
+
+    def attach(self, block: Block) -> list[RemovableHandle]:
+        if self._norms is None:
+            self._norms = column_norms(block.attn.wo_b)
+        key = self.key("activation", "o_groups*o_lora_rank")
+        return [on_input(block.attn.wo_b, lambda low: self._add(key, tokens_of(low)))]
+
+    def _add(self, key: str, low: Tensor) -> None:
+        assert self._norms is not None
+        self.totals.add(key, low.abs().sum(0, dtype=torch.float64) * self._norms, len(low))
+
+
+class NopeProbe(Probe):
+    """``energy``: mean of q_j^2 over queries and heads, times mean of k_j^2 over keys.
+
+    That is the mean of (q_j k_j)^2 over all pairs of a query and a key. Keys are those of the
+    window and the compressed entries.
+    """
+
+    def attach(self, block: Block) -> list[RemovableHandle]:
+        attention, config = block.attn, block.config
+        nope, eps = config.nope_head_dim, config.rms_norm_eps
+        key = self.key("energy", "nope")
+
+        def add(squares: Tensor, factor: int) -> None:
+            total = squares[:, :nope].sum(0, dtype=torch.float64)
+            self.totals.add(key, total, len(squares), factor)
+
+        def queries(q: Tensor) -> None:
+            heads = tokens_of(q).unflatten(-1, (-1, config.head_dim))
+            add(rms_normalised(heads, eps).flatten(0, 1).square(), 0)
+
+        def keys(kv: Tensor) -> None:
+            weight = attention.kv_norm.weight.detach().float()
+            add((rms_normalised(tokens_of(kv), eps) * weight).square(), 1)
+
+        handles = [on_output(attention.wq_b, queries), on_output(attention.wkv, keys)]
+        if attention.compressor is not None:
+            handles.append(
+                on_output(attention.compressor, lambda kv: add(tokens_of(kv).square(), 1))
+            )
+        return handles
