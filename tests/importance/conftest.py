@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.slicers import reference
 from tests.slicers.conftest import ODD
 from tests.support import parents
 from v4surgery.checkpoint.reader import Checkpoint
+from v4surgery.model.cache import Cache, LayerCache, Progress
 from v4surgery.model.loader import load_model
 from v4surgery.model.numerics import Numerics
 from v4surgery.validation.record import record_trace
@@ -27,13 +29,19 @@ from v4surgery.validation.taps import MODEL_TAPS, TAPS, TapRecorder
 LENGTHS = (40, 7, 1, 18)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Operations are tiny: a second thread costs more than it gives."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Operations are tiny; and so that sums come out the same, bit for bit, in every run."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @dataclass
@@ -73,6 +81,7 @@ def draw_prompts(vocab: int, lengths: tuple[int, ...] = LENGTHS) -> list[list[in
 
 
 @pytest.fixture(scope="session")
+@one_thread()
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Scored:
     folder = tmp_path_factory.mktemp("scored")
     path = parents.write_parent(folder / "parent", changes=ODD)
@@ -95,8 +104,6 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Scored:
 @torch.no_grad()
 def drafter_taps(parent: Checkpoint, prompts: list[list[int]]) -> dict[str, np.ndarray]:
     """Taps of the drafter in the resident model, run as spec/forward.md says."""
-    from v4surgery.model.cache import Cache, LayerCache
-
     model = load_model(parent, Numerics(), drafters=True)
     seen: dict[str, np.ndarray] = {}
     recorder = TapRecorder(tuple(TAPS), lambda name, value: seen.update({name: value.numpy()}))
@@ -107,8 +114,6 @@ def drafter_taps(parent: Checkpoint, prompts: list[list[int]]) -> dict[str, np.n
         h, _ = model.run_blocks(ids, Cache())
         drafter = model.mtp[0]
         detach = recorder(drafter, "mtp.0.", number)
-        from v4surgery.model.cache import Progress
-
         progress = Progress.start(1, ids.device).advance(len(prompt) - 1)
         drafter.draft(h[:, :-1], model.embed(ids[:, 1:]), ids[:, 1:], progress, LayerCache())
         detach()

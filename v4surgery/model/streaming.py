@@ -482,7 +482,8 @@ class _ActivationStore:
     def __getitem__(self, number: int) -> Tensor:
         if self._folder is None:
             return self._memory[number]
-        return load_file(self._path(number))["h"]
+        # A copy lies where torch aligns it; off its alignment a product may round otherwise.
+        return load_file(self._path(number))["h"].clone()
 
     def _path(self, number: int) -> Path:
         assert self._folder is not None
