@@ -47,8 +47,9 @@ class Measured:
         """The tap in each prompt that has it, ``(S, ...)``."""
         keys = [f"{number}/{self.prefix}{tap}" for number in range(self.num_prompts)]
         values = [self.trace[key] for key in keys if key in self.trace]
-        plain = tap.startswith("gate.")
-        return [value.astype(np.float64) if plain else value[0].astype(np.float64) for value in values]
+        if not tap.startswith("gate."):
+            values = [value[0] for value in values]
+        return [value.astype(np.float64) for value in values]
 
     def tokens(self, tap: str) -> Array:
         """The tap of all prompts, ``(T, ...)``."""
@@ -191,7 +192,8 @@ def expert_scores(m: Measured) -> tuple[Array, Array, dict[str, Array]]:
             reap[expert] += weight * np.linalg.norm(down @ unweighted)
             count[expert] += 1
             activity.setdefault(f"experts.{expert}", []).append(np.abs(hidden))
-        activity.setdefault("shared_experts", []).append(np.abs(neurons("shared_experts", token, 1)))
+        hidden = neurons("shared_experts", token, 1.0)
+        activity.setdefault("shared_experts", []).append(np.abs(hidden))
     means = {
         name: np.mean(rows, axis=0) * np.sqrt((m.weight(f"ffn.{name}.w2") ** 2).sum(0))
         for name, rows in activity.items()

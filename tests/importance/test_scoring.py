@@ -253,5 +253,3 @@ def test_a_prompt_of_one_token_scores_the_trunk_only(scored: Scored, tmp_path: P
     score_parent(scored.parent, [[3]], tmp_path / "s", axes=["heads"])
     places = {key.rpartition("/")[2] for key in load_file(tmp_path / "s")}
     assert places == {f"layers.{i}." for i in range(7)}
-
-

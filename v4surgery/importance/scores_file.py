@@ -47,7 +47,8 @@ class ScoresFile:
 
         self.path = path
         try:
-            self._file = safe_open(path, framework="numpy")
+            opened: Any = safe_open
+            self._file = opened(path, framework="numpy")
             self.about: dict[str, Any] = json.loads((self._file.metadata() or {})[METADATA_KEY])
             self.fingerprint = str(self.about["parent"]["fingerprint"])
             if self.about["format"] != FORMAT:

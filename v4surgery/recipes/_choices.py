@@ -28,7 +28,6 @@ from v4surgery.recipes._section import (
     Count,
     Index,
     LayerCount,
-    Line,
     Section,
     SeedInt,
     broken_rule,

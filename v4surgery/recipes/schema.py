@@ -84,9 +84,7 @@ class HeadDim(Section):
 
     form: ClassVar[str] = "must be a mapping such as {nope: 32, rope: 32}"
 
-    nope: EnergyPick | None = Field(
-        default=None, description="The kept dims before the rope ones."
-    )
+    nope: EnergyPick | None = Field(default=None, description="The kept dims before the rope ones.")
     rope: Annotated[StrictInt, Field(ge=2, le=2**31 - 1, multiple_of=2)] | None = Field(
         default=None,
         description="qk_rope_head_dim of the replica; every s-th pair of the parent is kept.",

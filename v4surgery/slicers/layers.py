@@ -96,7 +96,7 @@ def _free_choice(
     elif recipe.by == "random":
         chosen = np.sort(generator(_seed(recipe, seed), FIELD, "model").permutation(size)[:count])
     else:
-        assert scores is not None
+        assert scores is not None and isinstance(recipe.by, str)  # settled
         chosen = best(scores(recipe.by, "model"), count)
     return tuple(int(i) for i in chosen)
 
@@ -188,7 +188,7 @@ def _conversion_cost(
 def _preference(
     recipe: Layers, num_parent: int, seed: int, scores: Scores | None
 ) -> NDArray[np.float64]:
-    """What ``by`` prefers, ``(replica layers, parent layers)``: less is better, inf is no choice."""
+    """What ``by`` prefers, ``(replica layers, parent layers)``: the least; inf is no choice."""
     count = recipe.count
     if recipe.ids is not None:
         table = np.full((count, num_parent), np.inf)
@@ -203,7 +203,7 @@ def _preference(
         ideal = np.linspace(0, num_parent - 1, count)
         return np.asarray((position[None] - ideal[:, None]) ** 2)
     else:
-        assert scores is not None
+        assert scores is not None and isinstance(recipe.by, str)
         row = -scores(recipe.by, "model")
     return np.broadcast_to(row, (count, num_parent))
 

@@ -40,39 +40,47 @@ class HeadsProbe(Probe):
     def attach(self, block: Block) -> list[RemovableHandle]:
         return [on_output(block.attn.heads, lambda out: self._add(block.attn, tokens_of(out)))]
 
-    def _add(self, attention: Attention, heads_TNH: Tensor) -> None:
+    def _add(self, attention: Attention, outputs: Tensor) -> None:
         config = attention.config
         groups, rank = config.o_groups, config.o_lora_rank
         if not self._grams:
             wo_b = attention.wo_b.dense(attention.numerics.dtype).detach().float()
-            self._grams = [b_DL.T @ b_DL for b_DL in wo_b.split(rank, dim=1)]
+            self._grams = [b.T @ b for b in wo_b.split(rank, dim=1)]
         wo_a = attention.wo_a.dense(attention.numerics.dtype).detach().float()
         of_heads, of_groups = [], []
-        for group, heads in enumerate(heads_TNH.chunk(groups, dim=1)):
-            a_LnH = wo_a[group * rank : (group + 1) * rank].unflatten(1, (-1, config.head_dim))
-            head_sum, group_sum = _contributions(heads, a_LnH, self._grams[group])
+        for group, heads in enumerate(outputs.chunk(groups, dim=1)):
+            wo_a_heads = wo_a[group * rank : (group + 1) * rank].unflatten(1, (-1, config.head_dim))
+            head_sum, group_sum = _contributions(heads, wo_a_heads, self._grams[group])
             of_heads.append(head_sum)
             of_groups.append(group_sum)
-        tokens = len(heads_TNH)
+        tokens = len(outputs)
         contribution = "contribution"
         self.totals.add(self.key(contribution, "num_attention_heads"), torch.cat(of_heads), tokens)
         self.totals.add(self.key(contribution, "o_groups"), torch.stack(of_groups), tokens)
 
 
-def _contributions(heads_TnH: Tensor, a_LnH: Tensor, gram_LL: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over tokens of the norms that each head of a group adds, ``(n,)``, and the group."""
-    heads = torch.zeros(heads_TnH.shape[1], dtype=torch.float64, device=heads_TnH.device)
+def _contributions(
+    heads_of_group: Tensor, wo_a_heads: Tensor, gram: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums over tokens of the norms that each head of a group adds, ``(n,)``, and the group.
+
+    Args:
+        heads_of_group: ``(T, n, H)``.
+        wo_a_heads: The group's rows of wo_a by head, ``(L, n, H)``.
+        gram: Of the group's columns of wo_b, ``(L, L)``.
+    """
+    heads = torch.zeros(heads_of_group.shape[1], dtype=torch.float64, device=heads_of_group.device)
     group = heads.new_zeros(())
-    for part in heads_TnH.split(TOKENS_PER_STEP):
-        u_TnL = torch.einsum("tnh,lnh->tnl", part, a_LnH)
-        heads += _norms(u_TnL, gram_LL).sum(0, dtype=torch.float64)
-        group += _norms(u_TnL.sum(1), gram_LL).sum(dtype=torch.float64)
+    for part in heads_of_group.split(TOKENS_PER_STEP):
+        u = torch.einsum("tnh,lnh->tnl", part, wo_a_heads)
+        heads += _norms(u, gram).sum(0, dtype=torch.float64)
+        group += _norms(u.sum(1), gram).sum(dtype=torch.float64)
     return heads, group
 
 
-def _norms(u: Tensor, gram_LL: Tensor) -> Tensor:
+def _norms(u: Tensor, gram: Tensor) -> Tensor:
     """|B u| for each u, from B's Gram matrix; rounding can put a square below zero."""
-    return ((u @ gram_LL) * u).sum(-1).clamp_min(0).sqrt()
+    return ((u @ gram) * u).sum(-1).clamp_min(0).sqrt()
 
 
 class QueryRankProbe(Probe):
@@ -92,9 +100,9 @@ class QueryRankProbe(Probe):
         key = self.key("activation", "q_lora_rank")
         return [on_output(attention.q_norm, lambda qr: self._add(key, tokens_of(qr)))]
 
-    def _add(self, key: str, qr_TQ: Tensor) -> None:
+    def _add(self, key: str, qr: Tensor) -> None:
         assert self._norms is not None
-        self.totals.add(key, qr_TQ.abs().sum(0, dtype=torch.float64) * self._norms, len(qr_TQ))
+        self.totals.add(key, qr.abs().sum(0, dtype=torch.float64) * self._norms, len(qr))
 
 
 class OutputRankProbe(Probe):

@@ -29,7 +29,7 @@ class IndexerProbe(Probe):
             return []
         seen: dict[str, Tensor] = {}
 
-        def finish(_: object, inputs: tuple[Any, ...], chosen: Tensor) -> None:
+        def finish(_: object, inputs: tuple[Any, ...], __: Tensor) -> None:
             self._add(indexer, seen, inputs[2].positions)
             seen.clear()
 
@@ -43,7 +43,7 @@ class IndexerProbe(Probe):
     def _add(self, indexer: Indexer, seen: dict[str, Tensor], positions: Tensor) -> None:
         q = seen["q"].detach().unflatten(-1, (indexer.num_heads, indexer.head_dim))
         k = seen["k"].detach()
-        nope = indexer.head_dim - 2 * len(indexer.frequencies)
+        nope = indexer.head_dim - indexer.compressor.rope_dims
         key = self.key("energy", "index_nope")
         for factor, x in enumerate((tokens_of(q).flatten(0, 1), tokens_of(k))):
             total = x[:, :nope].square().sum(0, dtype=torch.float64)
@@ -56,18 +56,16 @@ class IndexerProbe(Probe):
         self.totals.add(self.key("contribution", "index_n_heads"), mass, pairs)
 
 
-def _score_mass(
-    q_TXY: Tensor, k_CY: Tensor, weights_TX: Tensor, visible_T: Tensor
-) -> tuple[Tensor, int]:
+def _score_mass(q: Tensor, k: Tensor, weights: Tensor, visible: Tensor) -> tuple[Tensor, int]:
     """Sum over visible pairs of weight x relu(q . k), float64 ``(X,)``, and how many pairs."""
-    num_heads, num_entries = q_TXY.shape[1], len(k_CY)
-    mass = torch.zeros(num_heads, dtype=torch.float64, device=q_TXY.device)
-    entries = torch.arange(num_entries, device=q_TXY.device)
+    num_heads, num_entries = q.shape[1], len(k)
+    mass = torch.zeros(num_heads, dtype=torch.float64, device=q.device)
+    entries = torch.arange(num_entries, device=q.device)
     step = max(SCORES_PER_STEP // max(num_heads * num_entries, 1), 1)
-    for begin in range(0, len(q_TXY), step):
+    for begin in range(0, len(q), step):
         part = slice(begin, begin + step)
-        scores = torch.einsum("txy,cy->txc", q_TXY[part], k_CY).relu()
-        is_past = entries < visible_T[part, None]
+        scores = torch.einsum("txy,cy->txc", q[part], k).relu()
+        is_past = entries < visible[part, None]
         shares = (scores * is_past[:, None]).sum(2, dtype=torch.float64)
-        mass += (shares * weights_TX[part]).sum(0)
-    return mass, int(visible_T.clamp_max(num_entries).sum())
+        mass += (shares * weights[part]).sum(0)
+    return mass, int(visible.clamp_max(num_entries).sum())

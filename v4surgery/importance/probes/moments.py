@@ -41,8 +41,8 @@ class QueryRankMoment(Probe):
         key, eps = self.key(SECOND_MOMENT, MOMENTS["q_lora_rank"]), block.config.rms_norm_eps
 
         def add(x: Tensor) -> None:
-            x_TQ = rms_normalised(tokens_of(x), eps)
-            self.totals.add(key, x_TQ.T @ x_TQ, len(x_TQ))
+            x = rms_normalised(tokens_of(x), eps)
+            self.totals.add(key, x.T @ x, len(x))
 
         return [on_input(block.attn.q_norm, add)]
 
@@ -69,8 +69,8 @@ class HeadsMoment(Probe):
 
 def add_hidden(model: Totals, x: Tensor, eps: float) -> None:
     """Add collapsed streams ``(1, S, D)`` to the model's matrix."""
-    x_TD = rms_normalised(tokens_of(x), eps)
-    model.add(HIDDEN_SIZE, x_TD.T @ x_TD, len(x_TD))
+    x = rms_normalised(tokens_of(x), eps)
+    model.add(HIDDEN_SIZE, x.T @ x, len(x))
 
 
 def add_end(model: Totals, head: Head, h: Tensor) -> None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -51,7 +52,7 @@ def on_input(module: Any, see: Callable[[Tensor], None]) -> RemovableHandle:
 def on_output(module: Any, see: Callable[[Any], None]) -> RemovableHandle:
     """Show a module's output to a function."""
 
-    def hook(_: object, inputs: tuple[Any, ...], output: Any) -> None:
+    def hook(_: object, __: object, output: Any) -> None:
         see(output)
 
     handle: RemovableHandle = module.register_forward_hook(hook)
@@ -65,10 +66,11 @@ def tokens_of(x: Tensor) -> Tensor:
 
 def column_norms(linear: Linear) -> Tensor:
     """Euclidean norm of each column of a weight, float32 ``(in,)``."""
-    weight: Tensor = linear.dense(linear.numerics.dtype)
-    return weight.detach().float().norm(dim=0)
+    weight = linear.dense(linear.numerics.dtype).detach().float()
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=0)
+    return norms
 
 
 def rms_normalised(x: Tensor, eps: float) -> Tensor:
-    """x * rsqrt(mean(x^2) + eps): an RMS norm without its weight."""
+    """An RMS norm without its weight: x * rsqrt(mean(x^2) + eps)."""
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()

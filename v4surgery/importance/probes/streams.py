@@ -45,8 +45,8 @@ class LayersProbe(Probe):
         index = int(block.prefix.split(".")[1])
 
         def after(h: Tensor) -> None:
-            before_TMD, after_TMD = tokens_of(seen.pop("before")), tokens_of(h)
-            change = 1 - cosines(before_TMD.flatten(1), after_TMD.flatten(1))
+            before = tokens_of(seen.pop("before")).flatten(1)
+            change = 1 - cosines(before, tokens_of(h).flatten(1))
             layers = torch.zeros(block.config.num_hidden_layers, dtype=torch.float64)
             counts = layers.clone()
             layers[index], counts[index] = change.sum(), len(change)
@@ -66,13 +66,13 @@ def add_end(model: Totals, head: Head, h: Tensor, *, channels: bool, streams: bo
 
 def add_channels(model: Totals, x: Tensor) -> None:
     """Each channel's energy relative to the mean of the token's channels: ``(T, ..., D)``."""
-    energy_TD = x.square() if x.dim() == 2 else x.square().sum(1)
-    _add_relative(model, key_of("energy", "hidden_size"), energy_TD)
+    energy = x.square() if x.dim() == 2 else x.square().sum(1)
+    _add_relative(model, key_of("energy", "hidden_size"), energy)
 
 
-def add_streams(model: Totals, h_TMD: Tensor) -> None:
-    """Each stream's energy relative to the mean of the token's streams."""
-    _add_relative(model, key_of("energy", "streams"), h_TMD.square().sum(2))
+def add_streams(model: Totals, h: Tensor) -> None:
+    """Each stream's energy relative to the mean of the token's streams: ``(T, M, D)``."""
+    _add_relative(model, key_of("energy", "streams"), h.square().sum(2))
 
 
 def _add_relative(model: Totals, key: str, energy: Tensor) -> None:
