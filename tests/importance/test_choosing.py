@@ -18,6 +18,7 @@ from tests.support.scores import write_scores
 from v4surgery.errors import PlanError, RecipeError, UsageError
 from v4surgery.importance.names import SCORED
 from v4surgery.recipes import Recipe, load_recipe, recipe_from_text, schema
+from v4surgery.slicers.estimate import estimate_plan
 
 G, PER_GROUP = ODD["o_groups"], ODD["num_attention_heads"] // ODD["o_groups"]
 
@@ -267,6 +268,18 @@ def test_scores_of_another_parent_are_refused(scored: Scored, small_parent: Path
     assert f"value: {scored.parent.name}, fingerprint {scored.parent.fingerprint[:16]}" in text
     assert f"rule: {other.name}, fingerprint {other.fingerprint[:16]}" in text
     assert f"next: v4surgery score {other.name} --prompts FILE" in text
+
+
+def test_an_estimate_for_a_remote_parent_takes_scores_as_a_plan_does(scored: Scored) -> None:
+    recipe = Recipe.model_validate({"name": "test", "keep": EVERY_AXIS, "scores": str(scored.path)})
+    plan, is_open = estimate_plan(scored.parent, recipe)
+    assert not is_open
+    assert plan.plan_hash == v4.plan(scored.parent, recipe).plan_hash
+    cheap = {"experts": {"keep": 3, "by": ["scores", "gate"]}}
+    plan, is_open = estimate_plan(
+        scored.parent, Recipe.model_validate({"name": "test", "keep": cheap})
+    )
+    assert is_open
 
 
 def test_a_score_that_the_file_lacks_is_named(scored: Scored, tmp_path: Path) -> None:

@@ -178,6 +178,7 @@ def test_scores_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     [
         ([], AXES, "no prompts"),
         ([[1]], (), "no axes"),
+        ([[1]], ["expert"], "unknown axis"),
         ([[]], AXES, "the prompt is empty"),
         ([[96]], AXES, "out of the vocabulary"),
     ],
@@ -206,7 +207,7 @@ parent, out = v4.open(sys.argv[1]), pathlib.Path(sys.argv[2])
 options = StreamOptions(weight_bytes=16_000_000, workers=1)
 score_parent(parent, [[1, 2]], out, axes=["experts"], options=options)
 before = peak()
-prompts = [list(range(begin, begin + 64)) for begin in range(0, 512, 64)]
+prompts = [list(range(begin, begin + 64)) for begin in range(0, 192, 64)]
 scoring = score_parent(parent, prompts, out, axes=["experts"], options=options)
 print(before, peak(), scoring.bytes_read)
 """
@@ -214,12 +215,12 @@ print(before, peak(), scoring.bytes_read)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
 def test_scoring_experts_takes_bounded_memory(tmp_path: Path) -> None:
-    """A sparse parent of 0.5 GB, 100 MB of experts a block, read within a budget of 16 MB."""
+    """A sparse parent of 0.4 GB, 100 MB of experts a block, read within a budget of 16 MB."""
     changes = {
         "vocab_size": 512,
-        "n_routed_experts": 256,
-        "hidden_size": 512,
-        "moe_intermediate_size": 512,
+        "n_routed_experts": 64,
+        "hidden_size": 1024,
+        "moe_intermediate_size": 1024,
         "num_attention_heads": 4,
         "o_groups": 2,
         "head_dim": 64,
@@ -235,7 +236,7 @@ def test_scoring_experts_takes_bounded_memory(tmp_path: Path) -> None:
         tmp_path / "parent", "flash", layers=4, changes=changes, sparse=True
     )
     payload = v4.open(parent).payload_bytes
-    assert payload > 500_000_000
+    assert payload > 400_000_000
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, parent, tmp_path / "s"],
         check=True,
@@ -244,9 +245,9 @@ def test_scoring_experts_takes_bounded_memory(tmp_path: Path) -> None:
     )
     before, peak, bytes_read = map(int, done.stdout.split())
     assert bytes_read > payload  # prompt after prompt reads most experts again
-    # 16 MB of weights, as much in read buffers, a decoded expert (3 MB), streams of 512 tokens
-    # (4 MB), and as much again for what allocators keep.
-    assert peak - before < 80_000_000
+    # 16 MB of weights, as much in read buffers, a decoded expert (13 MB), streams of 192 tokens
+    # (3 MB), and two thirds more for what allocators keep. Without a budget it takes 225 MB.
+    assert peak - before < 80_000_000, (before, peak)
 
 
 def test_a_prompt_of_one_token_scores_the_trunk_only(scored: Scored, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -119,4 +120,5 @@ def run(
         f"{scoring.num_prompts} prompt(s); read {size(scoring.bytes_read)} in {seconds:.1f} s; "
         f"{implementation} operations ran"
     )
-    typer.echo(f"next: v4surgery plan --recipe mini3b --parent {parent} --scores {out}")
+    arguments = ["--recipe", "mini3b", "--parent", parent, "--scores", str(out)]
+    typer.echo(f"next: v4surgery plan {shlex.join(arguments)}")

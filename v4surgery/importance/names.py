@@ -79,8 +79,15 @@ def parse_axes(text: str | None, known: Sequence[str], where: str) -> tuple[str,
         UsageError: A name that is none of them.
     """
     names = [name.strip() for name in (text or "").split(",") if name.strip()]
-    if names == ["all"]:
-        return tuple(known)
+    return tuple(known) if names == ["all"] else check_axes(names, known, where)
+
+
+def check_axes(names: Sequence[str], known: Sequence[str], where: str) -> tuple[str, ...]:
+    """Axes in the order of ``known``.
+
+    Raises:
+        UsageError: A name that is none of them.
+    """
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=1)

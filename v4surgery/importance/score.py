@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.errors import UsageError
-from v4surgery.importance.names import AXES
+from v4surgery.importance.names import AXES, MOMENTS, check_axes
 from v4surgery.importance.scorer import Scorer
 from v4surgery.importance.scores_file import ScoresWriter
 from v4surgery.model.numerics import Numerics
@@ -78,12 +78,14 @@ def score_parent(
         progress: Called after each block.
 
     Raises:
-        UsageError: No prompts, or such that the model cannot run; nothing to score.
+        UsageError: No prompts, or such that the model cannot run; no axes, or unknown ones.
         OutputError: Something else stands at ``out``, or a score is not finite.
     """
     if not prompts or not (axes or second_moments):
         what = "axes" if prompts else "prompts"
         raise UsageError(f"no {what}: there is nothing to score", rule="at least one")
+    axes = check_axes(axes, AXES, "axes")
+    second_moments = check_axes(second_moments, tuple(MOMENTS), "second_moments")
     for number, ids in enumerate(prompts):
         check_ids(ids, parent.config, f"prompt {number}")
     numerics = numerics or Numerics()
@@ -114,8 +116,8 @@ def score_parent(
         raise
     return Scoring(
         out,
-        tuple(axes),
-        tuple(second_moments),
+        axes,
+        second_moments,
         len(prompts),
         sum(map(len, prompts)),
         len(writer),
