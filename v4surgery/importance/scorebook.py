@@ -25,7 +25,7 @@ from v4surgery.errors import PlanError, UsageError
 from v4surgery.importance import weights
 from v4surgery.importance.names import MODEL, SCORE_NAMES, key_of, scored_dim
 from v4surgery.importance.scores_file import ScoresFile
-from v4surgery.recipes.schema import Choice, Layers, Recipe, is_score
+from v4surgery.recipes.schema import Choice, Layers, Recipe, is_score, listed_ways
 
 Scores = Callable[[str, str], NDArray[np.float64]]
 """Scores of the units of a dim: called with ``by`` and the place (a block's prefix, or model)."""
@@ -96,7 +96,7 @@ class ScoreBook:
         """
         if pick is None:
             return None
-        ways = (pick.by,) if isinstance(pick.by, str) else pick.by
+        ways = listed_ways(pick.by)
         if not any(map(is_score, ways)):
             return pick.model_copy(update={"by": ways[0]})
         return pick.model_copy(update={"by": self._settled(pick, ways, dim, block)})

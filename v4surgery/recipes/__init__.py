@@ -25,6 +25,7 @@ from v4surgery.recipes.schema import (
     Store,
     Validate,
     is_score,
+    listed_ways,
 )
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "builtin_path",
     "dump_recipe",
     "is_score",
+    "listed_ways",
     "load_recipe",
     "recipe_from_text",
 ]

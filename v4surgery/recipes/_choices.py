@@ -48,6 +48,7 @@ __all__ = [
     "Pick",
     "Way",
     "is_score",
+    "listed_ways",
 ]
 
 By = Literal[
@@ -91,9 +92,14 @@ def is_score(way: str) -> bool:
     return way == "scores" or way in SCORE_NAMES
 
 
+def listed_ways(by: Way) -> tuple[str, ...]:
+    """The ways to choose in their order, be it one or several."""
+    return (by,) if isinstance(by, str) else by
+
+
 def _check_ways(by: Way, scored: Collection[str], *, takes_gate: bool) -> None:
     """Each way fits the axis, and only the last of a list is always there."""
-    ways = (by,) if isinstance(by, str) else by
+    ways = listed_ways(by)
     for way in ways:
         if way == "gate" and not takes_gate:
             raise broken_rule("`gate` chooses experts only; take another, such as norm or even")
@@ -122,8 +128,9 @@ def _check_ids(by: Way | None, ids: tuple[int, ...] | None) -> None:
     if by == "ids" and ids is None:
         raise broken_rule("missing: `by: ids` needs a list of ids")
     if by is not None and by != "ids" and ids is not None:
-        shown = by if isinstance(by, str) else "[" + ", ".join(by) + "]"
-        raise broken_rule("only goes with `by: ids`, not with `by: {by}`", by=shown)
+        raise broken_rule(
+            "only goes with `by: ids`, not with `by: {by}`", by=", ".join(listed_ways(by))
+        )
 
 
 def _settled(info: ValidationInfo, name: str, *origins: str) -> int | None:

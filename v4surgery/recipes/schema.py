@@ -23,6 +23,7 @@ from v4surgery.recipes._choices import (
     LayersBy,
     Pick,
     is_score,
+    listed_ways,
 )
 from v4surgery.recipes._section import (
     Count,
@@ -56,6 +57,7 @@ __all__ = [
     "Store",
     "Validate",
     "is_score",
+    "listed_ways",
 ]
 
 EXTENDS_DESCRIPTION = (
