@@ -94,7 +94,8 @@ class Scorer:
         if prefix != self._prefix:
             self._begin(module)
         handles = [handle for probe in self._probes for handle in probe.attach(module)]
-        if prefix == f"layers.{self.config.num_hidden_layers - 1}.":
+        is_last = module.index == self.config.num_hidden_layers - 1
+        if is_last and not isinstance(module, MTPBlock):
             handles.append(on_output(module, self._add_end))
 
         def detach() -> None:

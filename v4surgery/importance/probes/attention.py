@@ -18,12 +18,11 @@ from v4surgery.importance.probes.probe import (
     on_input,
     on_output,
     rms_normalised,
+    steps_of,
     tokens_of,
 )
 from v4surgery.model.attention import Attention
 from v4surgery.model.block import Block
-
-TOKENS_PER_STEP = 512
 
 
 class HeadsProbe(Probe):
@@ -38,7 +37,7 @@ class HeadsProbe(Probe):
         self._grams: list[Tensor] = []
 
     def attach(self, block: Block) -> list[RemovableHandle]:
-        return [on_output(block.attn.heads, lambda out: self._add(block.attn, tokens_of(out)))]
+        return [on_output(block.attn.heads, lambda out: self._add(block.attn, out))]
 
     def _add(self, attention: Attention, outputs: Tensor) -> None:
         config = attention.config
@@ -47,35 +46,30 @@ class HeadsProbe(Probe):
             wo_b = attention.wo_b.dense(attention.numerics.dtype).detach().float()
             self._grams = [b.T @ b for b in wo_b.split(rank, dim=1)]
         wo_a = attention.wo_a.dense(attention.numerics.dtype).detach().float()
-        of_heads, of_groups = [], []
-        for group, heads in enumerate(outputs.chunk(groups, dim=1)):
-            wo_a_heads = wo_a[group * rank : (group + 1) * rank].unflatten(1, (-1, config.head_dim))
-            head_sum, group_sum = _contributions(heads, wo_a_heads, self._grams[group])
-            of_heads.append(head_sum)
-            of_groups.append(group_sum)
-        tokens = len(outputs)
-        contribution = "contribution"
-        self.totals.add(self.key(contribution, "num_attention_heads"), torch.cat(of_heads), tokens)
-        self.totals.add(self.key(contribution, "o_groups"), torch.stack(of_groups), tokens)
+        by_group = wo_a.unflatten(0, (groups, rank)).unflatten(2, (-1, config.head_dim))
+        of_heads = self.key("contribution", "num_attention_heads")
+        of_groups = self.key("contribution", "o_groups")
+        for part in steps_of(outputs):
+            parts = zip(part.chunk(groups, dim=1), by_group, self._grams, strict=True)
+            sums = [_contributions(heads, rows, gram) for heads, rows, gram in parts]
+            self.totals.add(of_heads, torch.cat([heads for heads, _ in sums]), len(part))
+            self.totals.add(of_groups, torch.stack([group for _, group in sums]), len(part))
 
 
-def _contributions(
-    heads_of_group: Tensor, wo_a_heads: Tensor, gram: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sums over tokens of the norms that each head of a group adds, ``(n,)``, and the group.
+def _contributions(heads: Tensor, rows: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over tokens of the norms that each head of a group adds, and the group as a whole.
 
     Args:
-        heads_of_group: ``(T, n, H)``.
-        wo_a_heads: The group's rows of wo_a by head, ``(L, n, H)``.
+        heads: Of one group, ``(T, n, H)``.
+        rows: The group's rows of wo_a by head, ``(L, n, H)``.
         gram: Of the group's columns of wo_b, ``(L, L)``.
+
+    Returns:
+        float64 ``(n,)`` and ``()``.
     """
-    heads = torch.zeros(heads_of_group.shape[1], dtype=torch.float64, device=heads_of_group.device)
-    group = heads.new_zeros(())
-    for part in heads_of_group.split(TOKENS_PER_STEP):
-        u = torch.einsum("tnh,lnh->tnl", part, wo_a_heads)
-        heads += _norms(u, gram).sum(0, dtype=torch.float64)
-        group += _norms(u.sum(1), gram).sum(dtype=torch.float64)
-    return heads, group
+    u = torch.einsum("tnh,lnh->tnl", heads, rows)
+    group = _norms(u.sum(1), gram).sum(dtype=torch.float64)
+    return _norms(u, gram).sum(0, dtype=torch.float64), group
 
 
 def _norms(u: Tensor, gram: Tensor) -> Tensor:
@@ -140,8 +134,9 @@ class NopeProbe(Probe):
             self.totals.add(key, total, len(squares), factor)
 
         def queries(q: Tensor) -> None:
-            heads = tokens_of(q).unflatten(-1, (-1, config.head_dim))
-            add(rms_normalised(heads, eps).flatten(0, 1).square(), 0)
+            for part in steps_of(q):
+                heads = part.reshape(-1, config.head_dim)
+                add(rms_normalised(heads, eps).square(), 0)
 
         def keys(kv: Tensor) -> None:
             weight = attention.kv_norm.weight.detach().float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from v4surgery.importance.totals import Totals
 from v4surgery.model.block import Block
 from v4surgery.model.linear import Linear
 
-Hook = Callable[..., None]
+TOKENS_PER_STEP = 512
 
 
 class Probe(ABC):
@@ -62,6 +62,12 @@ def on_output(module: Any, see: Callable[[Any], None]) -> RemovableHandle:
 def tokens_of(x: Tensor) -> Tensor:
     """``(1, S, ...)`` as float32 ``(S, ...)``."""
     return x.detach().flatten(0, 1).float()
+
+
+def steps_of(x: Tensor) -> Iterator[Tensor]:
+    """``(1, S, ...)`` as float32 ``(some tokens, ...)``: for what takes a multiple of it."""
+    for part in x.detach().flatten(0, 1).split(TOKENS_PER_STEP):
+        yield part.float()
 
 
 def column_norms(linear: Linear) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from v4surgery.importance.names import key_of
-from v4surgery.importance.probes.probe import Probe, on_input, on_output, tokens_of
+from v4surgery.importance.probes.probe import Probe, on_input, on_output, steps_of, tokens_of
 from v4surgery.importance.totals import Totals
 from v4surgery.model.block import Block
 from v4surgery.model.streaming import Head
@@ -42,14 +42,13 @@ class LayersProbe(Probe):
 
     def attach(self, block: Block) -> list[RemovableHandle]:
         seen: dict[str, Tensor] = {}
-        index = int(block.prefix.split(".")[1])
 
         def after(h: Tensor) -> None:
-            before = tokens_of(seen.pop("before")).flatten(1)
-            change = 1 - cosines(before, tokens_of(h).flatten(1))
             layers = torch.zeros(block.config.num_hidden_layers, dtype=torch.float64)
             counts = layers.clone()
-            layers[index], counts[index] = change.sum(), len(change)
+            for a, b in zip(steps_of(seen.pop("before")), steps_of(h), strict=True):
+                layers[block.index] += (1 - cosines(a.flatten(1), b.flatten(1))).sum().cpu()
+                counts[block.index] += len(a)
             self.model.add(INFLUENCE, layers, counts)
 
         return [on_input(block, lambda h: seen.update(before=h)), on_output(block, after)]
