@@ -19,6 +19,7 @@ from tests.importance.conftest import Scored
 from tests.support import parents
 from v4surgery.errors import OutputError, UsageError
 from v4surgery.importance.names import AXES, MOMENTS
+from v4surgery.importance.probes import indexer, probe
 from v4surgery.importance.score import score_parent
 from v4surgery.importance.scorer import Scorer
 from v4surgery.importance.totals import Totals
@@ -66,6 +67,17 @@ def test_scores_do_not_depend_on_the_budgets(scored: Scored, tmp_path: Path) -> 
     for key, values in scored.scores.items():
         assert np.array_equal(tight[key], values), key
     assert (tmp_path / "tight").read_bytes() == scored.path.read_bytes()
+
+
+def test_scores_do_not_depend_on_the_steps_of_a_long_prompt(
+    scored: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "TOKENS_PER_STEP", 7)
+    monkeypatch.setattr(indexer, "SCORES_PER_STEP", 1)
+    score_parent(scored.parent, scored.prompts, tmp_path / "s", second_moments=tuple(MOMENTS))
+    for key, values in load_file(tmp_path / "s").items():
+        # Products of other shapes may add up in another order: a few last bits of float32.
+        np.testing.assert_allclose(values, scored.scores[key], rtol=1e-5, atol=1e-9, err_msg=key)
 
 
 @pytest.mark.parametrize("axis", AXES)
