@@ -20,6 +20,7 @@ from v4surgery.importance.names import SCORED
 from v4surgery.recipes import Recipe, load_recipe, recipe_from_text, schema
 from v4surgery.slicers.estimate import estimate_plan
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 G, PER_GROUP = ODD["o_groups"], ODD["num_attention_heads"] // ODD["o_groups"]
 
 
@@ -383,3 +384,11 @@ def test_the_demo_recipe_takes_scores_and_goes_without(demo_parent: Path, tmp_pa
     for axis in ("layers", "hidden_size", "experts", "heads", "q_lora_rank", "indexer"):
         assert axis in note
     assert not [note for note in cheap.notes if "chose" in note]
+
+
+def test_the_page_of_scores_has_every_axis_and_score() -> None:
+    rows = (REPOSITORY / "docs" / "scores.md").read_text(encoding="utf-8").splitlines()
+    cells = " ".join(cell for row in rows if row.startswith("|") for cell in row.split("|")[1:3])
+    for item in SCORED:
+        assert f"`{item.axis}" in cells, item
+        assert all(f"`{score}`" in cells for score in item.scores), item
