@@ -5,13 +5,14 @@
     import v4surgery as v4
 
     parent = v4.open("path/to/DeepSeek-V4-Flash")   # lazy: headers only
-    plan = v4.plan(parent, "mini3b")                # pure
+    v4.score(parent, "prompts.txt", "scores.safetensors")
+    plan = v4.plan(parent, "mini3b", scores="scores.safetensors")   # pure; scores are optional
     replica = v4.slice(plan, "out/mini3b")          # streams, resumes
     v4.verify(replica, parent)
     v4.validate(replica, parent).passed             # streams the parent layer by layer
 
 Importing the package imports nothing heavy: each name is loaded when it is first used, and
-torch only when ``validate`` is called.
+torch only when ``score`` or ``validate`` is called.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from v4surgery.version import __version__
 
 if TYPE_CHECKING:
-    from v4surgery.api import open, plan, slice, validate, verify
+    from v4surgery.api import open, plan, score, slice, validate, verify
     from v4surgery.checkpoint.reader import Checkpoint
     from v4surgery.config import V4Config
     from v4surgery.errors import V4SurgeryError
@@ -43,6 +44,7 @@ __all__ = [
     "load_recipe",
     "open",
     "plan",
+    "score",
     "slice",
     "validate",
     "verify",
@@ -59,6 +61,7 @@ _HOMES = {
     "load_recipe": "v4surgery.recipes",
     "open": "v4surgery.api",
     "plan": "v4surgery.api",
+    "score": "v4surgery.api",
     "slice": "v4surgery.api",
     "validate": "v4surgery.api",
     "verify": "v4surgery.api",

@@ -1,4 +1,4 @@
-"""The library's verbs: ``v4surgery.open``, ``.plan``, ``.slice``, ``.verify``, ``.validate``."""
+"""The library's verbs: ``v4surgery.open``, ``.score``, ``.plan``, ``.slice``, ``.verify``, ..."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from v4surgery.slicers.verify import Verification, verify_replica
 if TYPE_CHECKING:
     import torch
 
+    from v4surgery.importance.score import Scoring
     from v4surgery.validation.verdict import Validation
 
 PathLike = str | os.PathLike[str]
@@ -41,23 +42,91 @@ def open(  # noqa: A001 - the public name is v4surgery.open
     return open_checkpoint(path, revision=revision, token=token)
 
 
-def plan(parent: Checkpoint, recipe: Recipe | str, overrides: Sequence[str] = ()) -> Plan:
+def score(
+    parent: Checkpoint | PathLike,
+    prompts: Sequence[Sequence[int]] | PathLike,
+    out: PathLike,
+    *,
+    axes: Sequence[str] | None = None,
+    second_moments: Sequence[str] = (),
+    mode: str = "exact",
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    implementation: str = "reference",
+    workers: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Scoring:
+    """Score a parent's units by its activations, for ``by: scores`` and the like in recipes.
+
+    Args:
+        parent: What is scored; streamed, never in memory as a whole.
+        prompts: Token ids of each, or a file of prompts.
+        out: The scores file.
+        axes: Keys below ``keep`` in a recipe; None scores all of them.
+        second_moments: Axes of which to keep second moments too, large matrices.
+        mode: ``exact``, or ``official``: every rounding of the official inference code.
+        dtype: Of activations; by default float32 in exact, else bfloat16.
+        device: Where it computes.
+        implementation: Which operations run.
+        workers: Threads; by default one for each core.
+        progress: Called with each block's prefix as it is done.
+
+    Raises:
+        UsageError: The prompts cannot be run.
+        OutputError: Something else than scores stands at ``out``, or a score is not finite.
+    """
+    import torch
+
+    from v4surgery.importance.names import AXES
+    from v4surgery.importance.score import score_parent
+    from v4surgery.kernels.dispatch import Ops
+    from v4surgery.model.numerics import Numerics
+    from v4surgery.model.streaming import StreamOptions
+    from v4surgery.validation.default_prompts import choose_prompts
+
+    source = parent if isinstance(parent, Checkpoint) else open_checkpoint(parent)
+    if isinstance(prompts, str | os.PathLike):
+        prompts = choose_prompts(source, Path(prompts))
+    dtype = dtype or (torch.bfloat16 if mode == "official" else torch.float32)
+    return score_parent(
+        source,
+        prompts,
+        Path(out),
+        axes=AXES if axes is None else axes,
+        second_moments=second_moments,
+        numerics=Numerics(mode, dtype, Ops(implementation)),
+        device=device,
+        options=StreamOptions(workers=workers or default_workers(source)),
+        progress=None if progress is None else lambda timing: progress(timing.prefix),
+    )
+
+
+def plan(
+    parent: Checkpoint,
+    recipe: Recipe | str,
+    overrides: Sequence[str] = (),
+    *,
+    scores: PathLike | None = None,
+) -> Plan:
     """Everything about a replica before its first byte is written; print it, save it, hash it.
 
     Args:
         parent: An opened parent.
         recipe: A recipe, the name of a built-in one, or the path of a file.
         overrides: ``key.path=value`` changes to a named recipe.
+        scores: Scores file, instead of the recipe's.
 
     Raises:
         RecipeError: The recipe has problems; all are listed.
-        PlanError: It cannot be applied to this parent.
+        PlanError: It cannot be applied to this parent, or the scores are of another one.
     """
-    if isinstance(recipe, Recipe):
-        if overrides:
-            raise UsageError("overrides go with a recipe's name, not with a Recipe object")
-        return make_plan(parent, recipe)
-    return make_plan(parent, load_recipe(recipe, overrides))
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    elif overrides:
+        raise UsageError("overrides go with a recipe's name, not with a Recipe object")
+    if scores is not None:
+        recipe = recipe.model_copy(update={"scores": os.fspath(scores)})
+    return make_plan(parent, recipe)
 
 
 def slice(  # noqa: A001 - the public name is v4surgery.slice

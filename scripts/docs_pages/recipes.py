@@ -27,8 +27,14 @@ WAYS: Mapping[str, str] = {
     "random": "Seeded random ones, drawn anew for every layer; the same seed gives the same units.",
     "norm": "The largest norm of all weights that a unit owns. Reads those weights.",
     "gate": "Experts only: the largest norm of the gate row. Reads a few MB.",
-    "scores": "The best scores of a file (`scores`).",
     "kinds": "Layers only: the first layer of every kind, then the second of every kind.",
+    "scores": "The best scores of a file (`scores`): the first score that the axis has.",
+    "reap": "Experts: the largest norm that an expert adds, a mean over its own tokens.",
+    "frequency": "Experts, token ids: those that are met most often.",
+    "contribution": "Heads, groups, index heads: the largest part in what they add up to.",
+    "activation": "Neurons, ranks: the largest |activation| times norm of what reads it.",
+    "energy": "Channels, streams, dims: the largest mean square.",
+    "influence": "Layers: those that turn the streams most.",
 }
 """What docs say of each `by`; a kind of layer is its compress ratio class and its routing."""
 
@@ -66,6 +72,14 @@ def recipes_page() -> Iterator[str]:
     yield key_table("", "Choice")
     yield "The ways to select:"
     yield table(("`by`", "units"), [(code(by), text) for by, text in ways()])
+    yield (
+        "The lower half are scores from activations, by `v4surgery score`; [scores.md](scores.md) "
+        "has their formulas. `--scores FILE`, or `scores` in the recipe, names the file. Of a list "
+        "such as `by: [scores, gate]` the first way is taken that the file has a score for, so "
+        "that a recipe does without a file too. Where a block has no score (a DSpark drafter, an "
+        "expert that no token went to), the next way of the list chooses, or else the gate's rows "
+        "for experts and weight norms for the rest; a note of the plan says so."
+    )
     yield "## Short forms"
     yield table(
         ("written", "means"),
@@ -105,8 +119,13 @@ def sections(path: str = "", name: str = "Recipe") -> Iterator[tuple[str, str]]:
     yield path, name
     for key, field in definitions()[name]["properties"].items():
         inner = section_name(field)
-        if inner is not None and inner not in ("Pick", "IndexDims"):
+        if inner is not None and not is_choice(inner):
             yield from sections(f"{path}.{key}".lstrip("."), inner)
+
+
+def is_choice(name: str) -> bool:
+    """Whether a section is a plain choice, whose keys the page has once."""
+    return issubclass(getattr(schema, name), (schema.Pick, schema.IndexDims))
 
 
 def section_name(field: Mapping[str, Any]) -> str | None:
@@ -143,9 +162,11 @@ def type_text(path: str, field: Mapping[str, Any]) -> str:
     }
     if path in special:
         return special[path]
+    if path.rpartition(".")[2] == "by":
+        return "a way to select, or a list of them"
     inner = section_name(field)
     if inner is not None:
-        return "choice" if inner in ("Pick", "IndexDims") else "mapping, see below"
+        return "choice" if is_choice(inner) else "mapping, see below"
     options = [option for option in field.get("anyOf", [field]) if option.get("type") != "null"]
     return " or ".join(words(option) for option in options)
 

@@ -110,7 +110,7 @@ picks = st.one_of(
         },
         st.integers(1, 9),
         st.sampled_from([1, 32, 128]),
-        st.sampled_from(["first", "even", "random", "norm", "scores"]),
+        st.sampled_from(["first", "even", "random", "norm", "scores", ["scores", "even"]]),
         st.none() | st.integers(0, 99),
     ),
 )

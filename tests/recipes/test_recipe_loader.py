@@ -239,7 +239,7 @@ def test_overrides_win_over_the_file_in_their_order() -> None:
     overrides = ("keep.experts.keep=12", "keep.experts.keep=10", "store={dtype: fp8}", "seed=1")
     recipe = load_recipe("mini3b", overrides)
     assert recipe.keep.experts is not None
-    assert (recipe.keep.experts.keep, recipe.keep.experts.by) == (10, "gate")
+    assert (recipe.keep.experts.keep, recipe.keep.experts.by) == (10, ("scores", "gate"))
     assert (recipe.store.dtype, recipe.store.max_shard_size, recipe.seed) == ("fp8", None, 1)
 
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import torch
+from safetensors.torch import save_file as save_torch
 
 from tests.slicers.conftest import ODD, Cutter, Parent
-from tests.support import parents
+from tests.support.scores import about, write_scores
 from v4surgery.errors import PlanError, UsageError
 from v4surgery.importance.scorebook import ScoreBook
 
@@ -287,7 +288,7 @@ def test_norms_count_every_weight_once_for_each_axis_that_has_it(
         if path.startswith("indexer") and "csa" not in block.traits:
             continue
         book = ScoreBook(opened)
-        scores = book.of(axis.score_dim, block if axis.per_block else None, None)("norm", "")
+        scores = book.of(axis.score_dim, block if axis.per_block else None)("norm", "")
         wanted = np.sqrt(SQUARED_NORMS[path](odd_parent, block.prefix)).reshape(-1)
         # Both add squares in float64, in another order.
         np.testing.assert_allclose(scores, wanted, rtol=1e-12)
@@ -354,8 +355,25 @@ def test_gate_keeps_the_experts_of_the_largest_gate_rows_and_reads_nothing_else(
 # Scores from a file
 
 
+DEFAULT_SCORE = {
+    "layers": "influence",
+    "hidden_size": "energy",
+    "streams": "energy",
+    "vocab_size": "frequency",
+    "n_routed_experts": "reap",
+    "moe_intermediate_size": "activation",
+    "o_groups": "contribution",
+    "num_attention_heads": "contribution",
+    "nope": "energy",
+    "q_lora_rank": "activation",
+    "o_groups*o_lora_rank": "activation",
+    "index_n_heads": "contribution",
+    "index_nope": "energy",
+}
+
+
 def scores_of_everything(parent: Parent, seed: int = 0) -> dict[str, np.ndarray]:
-    """One vector for each axis and place, as docs say: ``<dim>/<place>``."""
+    """One vector for each score, axis and place, as docs say: ``<score>/<dim>/<place>``."""
     rng = np.random.default_rng(seed)
     layers = parent.config["num_hidden_layers"]
     blocks = [*(f"layers.{i}." for i in range(layers)), "mtp.0."]
@@ -365,17 +383,20 @@ def scores_of_everything(parent: Parent, seed: int = 0) -> dict[str, np.ndarray]
     del sizes["moe_intermediate_size"]
     for expert in (*(f"experts.{e}" for e in range(6)), "shared_experts"):
         sizes[f"moe_intermediate_size.{expert}"] = 32
-    scores = {f"{dim}/{block}": rng.random(size) for dim, size in sizes.items() for block in blocks}
+    scores = {
+        f"{DEFAULT_SCORE[dim.partition('.')[0]]}/{dim}/{block}": rng.random(size)
+        for dim, size in sizes.items()
+        for block in blocks
+    }
     for dim, size in {"hidden_size": 64, "streams": 3, "vocab_size": 96, "layers": layers}.items():
-        scores[f"{dim}/model"] = rng.random(size).astype(np.float32)
+        scores[f"{DEFAULT_SCORE[dim]}/{dim}/model"] = rng.random(size).astype(np.float32)
     return scores
 
 
 @pytest.fixture(scope="module")
 def scores_file(odd_parent: Parent, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("scores") / "scores.safetensors"
-    save_file(scores_of_everything(odd_parent), path)
-    return path
+    return write_scores(path, odd_parent.opened, scores_of_everything(odd_parent))
 
 
 @pytest.mark.parametrize("path", [path for path in AXES if path != "moe_intermediate_size"])
@@ -385,7 +406,7 @@ def test_scores_keep_the_best_units(odd_parent: Parent, scores_file: Path, path:
     count = max(axis.size // 2, 1)
     keep = axis.keep(keep=count, by="scores")
     for place, kept in kept_units(odd_parent, axis, keep, scores=str(scores_file)).items():
-        values = scores[f"{axis.score_dim}/{place}"]
+        values = scores[f"{DEFAULT_SCORE[axis.score_dim]}/{axis.score_dim}/{place}"]
         if kept.ndim == 2:
             values = values.reshape(GROUPS, -1)
         wanted = [best(row, count) for row in np.atleast_2d(values)]
@@ -394,10 +415,11 @@ def test_scores_keep_the_best_units(odd_parent: Parent, scores_file: Path, path:
 
 def test_scores_keep_the_best_neurons_of_each_expert(odd_parent: Parent, scores_file: Path) -> None:
     axis, scores = AXES["moe_intermediate_size"], scores_of_everything(odd_parent)
-    keep = axis.keep(keep=5, by="scores", scores=str(scores_file))
-    for block, kept in kept_units(odd_parent, axis, keep).items():
+    keep = axis.keep(keep=5, by="scores")
+    for block, kept in kept_units(odd_parent, axis, keep, scores=str(scores_file)).items():
         names = [*(f"experts.{e}" for e in range(6)), "shared_experts"]
-        wanted = [best(scores[f"moe_intermediate_size.{name}/{block}"], 5) for name in names]
+        keys = [f"activation/moe_intermediate_size.{name}/{block}" for name in names]
+        wanted = [best(scores[key], 5) for key in keys]
         assert kept.tolist() == wanted
 
 
@@ -409,8 +431,8 @@ def test_scores_keep_the_best_layers_and_tokens(odd_parent: Parent, scores_file:
     }
     plan = odd_parent.plan(keep, scores=str(scores_file))
     sources = [block.source.index for block in plan.selections.blocks[:3]]
-    assert sources == best(scores["layers/model"], 3)
-    values = scores["vocab_size/model"].copy()
+    assert sources == best(scores["influence/layers/model"], 3)
+    values = scores["frequency/vocab_size/model"].copy()
     values[:2] = np.inf
     kept = plan.selections.model["vocab_size"]
     assert kept is not None and kept.tolist() == best(values, 30)
@@ -431,9 +453,10 @@ def test_a_scores_file_that_is_not_there_or_none_is_named(
     path = tmp_path / "scores.safetensors"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(PlanError, match="the scores cannot be read") as error:
+    with pytest.raises(PlanError, match="not a scores file") as error:
         odd_parent.plan(HIDDEN_BY_SCORES, scores=str(path))
-    assert f"{path}: hidden_size/model" in str(error.value)
+    assert f"where: {path}" in str(error.value)
+    assert "next: make one: v4surgery score PARENT --prompts FILE" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -443,14 +466,15 @@ def test_a_scores_file_that_is_not_there_or_none_is_named(
         np.ones((64, 1)),
         np.where(np.arange(64) == 5, np.nan, 1.0),
         np.where(np.arange(64) == 5, np.inf, 1.0),
+        np.arange(64),
     ],
-    ids=["size", "shape", "nan", "infinite"],
+    ids=["size", "shape", "nan", "infinite", "dtype"],
 )
 def test_scores_that_do_not_fit_are_named(
     odd_parent: Parent, tmp_path: Path, values: np.ndarray
 ) -> None:
     path = tmp_path / "scores.safetensors"
-    save_file({"hidden_size/model": values}, path)
+    write_scores(path, odd_parent.opened, {"energy/hidden_size/model": values})
     with pytest.raises(PlanError, match="the scores do not fit the parent") as error:
         odd_parent.plan(HIDDEN_BY_SCORES, scores=str(path))
     assert "64 finite numbers" in str(error.value)
@@ -458,8 +482,8 @@ def test_scores_that_do_not_fit_are_named(
 
 def test_a_missing_key_of_the_scores_file_is_named(odd_parent: Parent, tmp_path: Path) -> None:
     path = tmp_path / "scores.safetensors"
-    save_file({"n_routed_experts/layers.0.": np.arange(6.0)}, path)
-    with pytest.raises(PlanError, match=r"n_routed_experts/layers\.1\."):
+    write_scores(path, odd_parent.opened, {"reap/n_routed_experts/layers.0.": np.arange(6.0)})
+    with pytest.raises(PlanError, match=r"reap/n_routed_experts/layers\.1\."):
         odd_parent.plan({"experts": {"keep": 2, "by": "scores", "per_token": 1}}, scores=str(path))
 
 
@@ -482,11 +506,12 @@ def test_scores_in_a_dtype_that_numpy_lacks_are_refused_by_name(
     odd_parent: Parent, tmp_path: Path
 ) -> None:
     path = tmp_path / "scores.safetensors"
-    parents.write_shard(path, {"hidden_size/model": parents.RawTensor("BF16", (64,), bytes(128))})
+    stored = {"energy/hidden_size/model": torch.zeros(64, dtype=torch.bfloat16)}
+    save_torch(stored, path, about(odd_parent.opened))
     command = [sys.executable, "-c", PLAN_BY_SCORES, odd_parent.path, path]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "the scores cannot be read" in said
-    assert f"{path}: hidden_size/model" in said
+    assert f"{path}: energy/hidden_size/model" in said
     assert "float32 or float64" in said
 
 

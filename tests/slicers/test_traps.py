@@ -486,6 +486,13 @@ def assign(config: V4Config, **recipe: Any) -> Any:
     return assign_layers(Layers.model_validate(recipe), config)
 
 
+def mini3b_layers() -> Layers:
+    """The recipe's layers as they are chosen without a scores file."""
+    recipe = load_recipe("mini3b").keep.layers
+    assert recipe is not None and recipe.by == ("scores", "even")
+    return recipe.model_copy(update={"by": "even"})
+
+
 def step_cost(config: V4Config, source: int, ratio: int, is_hash: bool, zero_bias: bool) -> Any:
     """(conversions, changes of ratio) of one layer; None where it is not allowed."""
     was, was_hash = config.compress_ratios[source], source < config.num_hash_layers
@@ -515,8 +522,7 @@ def path_cost(
 
 
 def test_trap_06_mini3b_takes_every_layer_of_flash_from_its_own_kind() -> None:
-    recipe = load_recipe("mini3b").keep.layers
-    assert recipe is not None
+    recipe = mini3b_layers()
     assert recipe.compress_ratios == (0, 0, *(4, 112) * 12, 4, 0)
     assignment = assign_layers(recipe, FLASH)
     sources = assignment.sources
@@ -531,8 +537,8 @@ def test_trap_06_mini3b_takes_every_layer_of_flash_from_its_own_kind() -> None:
 
 
 def test_trap_06_mini3b_on_pro_converts_what_pro_does_not_have() -> None:
-    recipe = load_recipe("mini3b").keep.layers
-    assert recipe is not None and recipe.compress_ratios is not None
+    recipe = mini3b_layers()
+    assert recipe.compress_ratios is not None
     sources = assign_layers(recipe, PRO).sources
     cost = path_cost(PRO, sources, list(recipe.compress_ratios), 2, False)
     # Pro has no sliding layer: the two first and the last lose their compressors.

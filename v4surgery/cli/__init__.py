@@ -20,6 +20,7 @@ from v4surgery.cli import (
     plan,
     push,
     recipes,
+    score,
     slice,
     synth,
     trace,
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.command("inspect")(inspect.run)
 app.add_typer(recipes.app, name="recipes")
 app.command("synth")(synth.run)
+app.command("score")(score.run)
 app.command("plan")(plan.run)
 app.command("slice")(slice.run)
 app.command("verify")(verify.run)

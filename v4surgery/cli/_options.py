@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,14 @@ Overrides = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Change a key of the recipe: keep.experts.keep=8. Repeatable.",
+    ),
+]
+Scores = Annotated[
+    Path | None,
+    typer.Option(
+        "--scores",
+        metavar="FILE",
+        help="Scores file from `v4surgery score`. Overrides the recipe's.",
     ),
 ]
 Parent = Annotated[

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from v4surgery.errors import UsageError
@@ -23,6 +26,12 @@ def recorded_parent(replica: Checkpoint, revision: str | None) -> str | None:
     if recorded.get("kind") != "hub":
         return None
     return str(recorded["name"]) if revision else f"{recorded['name']}@{recorded['revision']}"
+
+
+def overrides_of(written: Sequence[str] | None, scores: Path | None) -> list[str]:
+    """``--set`` and ``--scores`` as overrides of a recipe."""
+    named = [] if scores is None else [f"scores={json.dumps(str(scores))}"]
+    return [*(written or ()), *named]
 
 
 def open_parent(

@@ -12,6 +12,7 @@ from v4surgery.cli._options import (
     Parent,
     RecipeName,
     Revision,
+    Scores,
     Token,
     Verbose,
     Workers,
@@ -26,6 +27,7 @@ def run(
     recipe: RecipeName,
     parent: Parent = None,
     set_: Overrides = None,
+    scores: Scores = None,
     revision: Revision = None,
     token: Token = None,
     max_workers: Workers = None,
@@ -39,11 +41,11 @@ def run(
     experts `by: gate` keeps is then left open.
     """
     from v4surgery.cli._output import print_json, set_verbosity
-    from v4surgery.cli._parent import open_parent
+    from v4surgery.cli._parent import open_parent, overrides_of
     from v4surgery.recipes import load_recipe
 
     set_verbosity(verbose)
-    loaded = load_recipe(recipe, set_ or ())
+    loaded = load_recipe(recipe, overrides_of(set_, scores))
     with open_parent(
         loaded, parent, revision=revision, token=token, workers=max_workers
     ) as checkpoint:

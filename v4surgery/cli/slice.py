@@ -16,6 +16,7 @@ from v4surgery.cli._options import (
     Quiet,
     RecipeName,
     Revision,
+    Scores,
     Token,
     Verbose,
     Workers,
@@ -32,6 +33,7 @@ def run(
         ),
     ] = None,
     set_: Overrides = None,
+    scores: Scores = None,
     max_shard_size: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Largest file: 5GB, 500MB. Overrides the recipe's."),
@@ -74,12 +76,12 @@ def run(
         size,
         warn,
     )
-    from v4surgery.cli._parent import open_parent
+    from v4surgery.cli._parent import open_parent, overrides_of
     from v4surgery.recipes import load_recipe
     from v4surgery.summary import summarize_plan
 
     set_verbosity(verbose)
-    overrides = list(set_ or ())
+    overrides = overrides_of(set_, scores)
     if max_shard_size is not None:
         overrides.append(f"store.max_shard_size={parse_size(max_shard_size, '--max-shard-size')}")
     memory_bytes = parse_size(memory, "--memory")

@@ -25,7 +25,7 @@ class Block(Connected):
         experts: Experts | None = None,
     ) -> None:
         super().__init__(config, numerics)
-        self.prefix = spec.prefix
+        self.prefix, self.index = spec.prefix, spec.index
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, numerics)
         self.attn = Attention(config, spec.ratio, numerics)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, numerics)

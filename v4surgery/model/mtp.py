@@ -12,6 +12,7 @@ from v4surgery.config import V4Config
 from v4surgery.model.block import Block
 from v4surgery.model.cache import LayerCache, Progress
 from v4surgery.model.linear import Linear
+from v4surgery.model.moe import Experts
 from v4surgery.model.norm import RMSNorm
 from v4surgery.model.numerics import Numerics
 
@@ -19,8 +20,14 @@ from v4surgery.model.numerics import Numerics
 class MTPBlock(Block):
     """A block that predicts the token after the next one."""
 
-    def __init__(self, config: V4Config, spec: BlockSpec, numerics: Numerics) -> None:
-        super().__init__(config, spec, numerics)
+    def __init__(
+        self,
+        config: V4Config,
+        spec: BlockSpec,
+        numerics: Numerics,
+        experts: Experts | None = None,
+    ) -> None:
+        super().__init__(config, spec, numerics, experts)
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.e_proj = Linear(hidden, hidden, numerics)
         self.h_proj = Linear(hidden, hidden, numerics)

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +32,7 @@ from v4surgery.model.hyper_connections import Connected
 from v4surgery.model.linear import Linear
 from v4surgery.model.loader import place, require_loaded
 from v4surgery.model.moe import Expert, Experts, Matrices
+from v4surgery.model.mtp import MTPBlock
 from v4surgery.model.norm import RMSNorm
 from v4surgery.model.numerics import Numerics
 from v4surgery.model.ranges import RangeLoader
@@ -198,6 +200,7 @@ class Streamer:
         *,
         observe: Observer | None = None,
         logits: str = "last",
+        drafters: bool = False,
         progress: Callable[[BlockTiming], None] | None = None,
     ) -> list[Tensor]:
         """One pass over some prompts.
@@ -206,13 +209,15 @@ class Streamer:
             prompts: Token ids of each.
             observe: Sees every module before and after it runs a prompt.
             logits: ``last`` position, ``all``, or ``none``.
+            drafters: Run classic drafter blocks after the trunk, each on the trunk's streams and
+                all tokens but the last; DSpark's have no forward here and are left out.
             progress: Called after each block.
 
         Returns:
             Logits of each prompt, float32 ``(positions, V)`` on the host.
         """
         with _ActivationStore(self.options.activations) as store:
-            return self._run(prompts, store, observe, logits, progress)
+            return self._run(prompts, store, observe, logits, progress, drafters=drafters)
 
     def _run(
         self,
@@ -221,6 +226,8 @@ class Streamer:
         observe: Observer | None,
         logits: str,
         progress: Callable[[BlockTiming], None] | None,
+        *,
+        drafters: bool,
     ) -> list[Tensor]:
         rows = [torch.tensor([ids], dtype=torch.int64) for ids in prompts]
         for number, h in enumerate(self.embed(rows, observe)):
@@ -229,26 +236,65 @@ class Streamer:
         ahead = self._reads_experts_ahead(sum(len(ids) for ids in prompts))
         future = self.background.submit(self.load_block, specs[0], ahead)
         for spec, upcoming in zip(specs, [*specs[1:], None], strict=True):
-            began, read, waited = time.perf_counter(), self.loader.bytes_read, self.waited
-            block = self.wait(future)
-            if upcoming is not None:
-                future = self.background.submit(self.load_block, upcoming, ahead)
-            for number, ids in enumerate(rows):
-                detach = observe(block, spec.prefix, number) if observe else None
-                store[number] = self.run_block(block, store[number], ids)
-                if detach is not None:
-                    detach()
-            timing = BlockTiming(
-                spec.prefix,
-                time.perf_counter() - began,
-                self.waited - waited,
-                self.loader.bytes_read - read,
-            )
-            self.timings.append(timing)
-            if progress is not None:
-                progress(timing)
+            with self._timing(spec.prefix, progress):
+                block = self.wait(future)
+                if upcoming is not None:
+                    future = self.background.submit(self.load_block, upcoming, ahead)
+                for number, ids in enumerate(rows):
+                    detach = observe(block, spec.prefix, number) if observe else None
+                    store[number] = self.run_block(block, store[number], ids)
+                    if detach is not None:
+                        detach()
+        for spec in self.drafters if drafters else ():
+            with self._timing(spec.prefix, progress):
+                self._run_drafter(spec, rows, store, observe)
         streams = (store[number] for number in range(len(rows)))
         return [] if logits == "none" else self.head(streams, logits, observe)
+
+    @property
+    def drafters(self) -> list[BlockSpec]:
+        """The drafter blocks that have a forward: classic ones."""
+        return [spec for spec in self.checkpoint.catalogue.blocks if "classic" in spec.traits]
+
+    def _run_drafter(
+        self,
+        spec: BlockSpec,
+        rows: Sequence[Tensor],
+        store: _ActivationStore,
+        observe: Observer | None,
+    ) -> None:
+        """A drafter on every prompt of two or more tokens."""
+        block = self.load_block(spec)
+        assert isinstance(block, MTPBlock)
+        for number, (ids, embedded) in enumerate(zip(rows, self.embed(rows), strict=True)):
+            following = ids[:, 1:].to(self.device)
+            if not following.numel():
+                continue
+            detach = observe(block, spec.prefix, number) if observe else None
+            progress = Progress.start(1, self.device).advance(following.shape[1])
+            h, next_x = store[number][:, :-1], embedded[:, 1:, 0]
+            block.draft(
+                h.to(self.device), next_x.to(self.device), following, progress, LayerCache()
+            )
+            if detach is not None:
+                detach()
+
+    @contextmanager
+    def _timing(
+        self, prefix: str, progress: Callable[[BlockTiming], None] | None
+    ) -> Iterator[None]:
+        """Records what one block costs."""
+        began, read, waited = time.perf_counter(), self.loader.bytes_read, self.waited
+        yield
+        timing = BlockTiming(
+            prefix,
+            time.perf_counter() - began,
+            self.waited - waited,
+            self.loader.bytes_read - read,
+        )
+        self.timings.append(timing)
+        if progress is not None:
+            progress(timing)
 
     def wait(self, future: Future[T]) -> T:
         """The result of a background read; the time that it was waited for counts."""
@@ -287,6 +333,7 @@ class Streamer:
             if stored.entry.block is not None
             and stored.entry.block.prefix == prefix
             and stored.entry.template.per_expert == experts
+            and not stored.entry.template.optional  # a drafter's own embedding: no forward reads it
         }
 
     def load_block(self, spec: BlockSpec, experts_ahead: bool = False) -> Block:
@@ -299,7 +346,8 @@ class Streamer:
         routed = self._stored(spec.prefix, experts=True)
         budget = self.options.weight_bytes - 2 * sum(item.nbytes for item in dense.values())
         experts = StreamedExperts(self, spec.prefix, routed, budget)
-        block = Block(self.config, spec, self.numerics, experts=experts)
+        kind = MTPBlock if spec.is_drafter else Block
+        block = kind(self.config, spec, self.numerics, experts=experts)
         wanted = [*dense.values(), *(routed.values() if experts_ahead else ())]
         tensors = self.loader.load([ref for stored in wanted for ref in tensor_refs(stored)])
         for stem, stored in dense.items():
@@ -348,13 +396,7 @@ class Streamer:
             wanted: ``all`` positions, or the ``last``.
             observe: See :meth:`run`.
         """
-        trunk = _Head(self.config, self.numerics)
-        stems = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
-        refs = [self.checkpoint.tensors[stem] for stem in stems]
-        tensors = self.loader.load([stored.weight for stored in refs])
-        for stem, stored in zip(stems, refs, strict=True):
-            place(trunk, stem, stored, tensors[stored.weight], None, self.numerics)
-        trunk.to(self.device)
+        trunk = self.load_head()
         outputs = []
         for number, h in enumerate(streams):
             h = h.to(self.device)
@@ -365,6 +407,16 @@ class Streamer:
             if detach is not None:
                 detach()
         return outputs
+
+    def load_head(self) -> Head:
+        """The collapse of the last streams and the last norm, on the device."""
+        trunk = Head(self.config, self.numerics)
+        stems = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
+        refs = [self.checkpoint.tensors[stem] for stem in stems]
+        tensors = self.loader.load([stored.weight for stored in refs])
+        for stem, stored in zip(stems, refs, strict=True):
+            place(trunk, stem, stored, tensors[stored.weight], None, self.numerics)
+        return trunk.to(self.device)
 
     def _project(self, x: Tensor) -> Tensor:
         """Logits ``(1, S, V)``, a slice of the head's rows at a time."""
@@ -394,7 +446,7 @@ class _Passed(nn.Module):
         return x
 
 
-class _Head(Connected):
+class Head(Connected):
     """Collapse of the streams and the last norm."""
 
     def __init__(self, config: V4Config, numerics: Numerics) -> None:
@@ -430,7 +482,8 @@ class _ActivationStore:
     def __getitem__(self, number: int) -> Tensor:
         if self._folder is None:
             return self._memory[number]
-        return load_file(self._path(number))["h"]
+        # A copy lies where torch aligns it; off its alignment a product may round otherwise.
+        return load_file(self._path(number))["h"].clone()
 
     def _path(self, number: int) -> Path:
         assert self._folder is not None

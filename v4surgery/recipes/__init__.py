@@ -24,6 +24,8 @@ from v4surgery.recipes.schema import (
     Section,
     Store,
     Validate,
+    is_score,
+    listed_ways,
 )
 
 __all__ = [
@@ -46,6 +48,8 @@ __all__ = [
     "builtin_names",
     "builtin_path",
     "dump_recipe",
+    "is_score",
+    "listed_ways",
     "load_recipe",
     "recipe_from_text",
 ]

@@ -7,34 +7,115 @@ mistake in another.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
+    Discriminator,
     Field,
     StrictInt,
+    Tag,
     TypeAdapter,
     ValidationInfo,
     field_validator,
 )
 
+from v4surgery.importance.names import SCORE_NAMES
 from v4surgery.recipes._section import (
     MAX_LAYERS,
     Count,
     Index,
     LayerCount,
-    Line,
     Section,
     SeedInt,
     broken_rule,
     is_whole,
 )
 
-__all__ = ["By", "Choice", "Experts", "IndexDims", "Layers", "LayersBy", "Pick"]
+__all__ = [
+    "ActivationPick",
+    "By",
+    "Choice",
+    "ContributionPick",
+    "EnergyPick",
+    "Experts",
+    "FrequencyPick",
+    "IndexDims",
+    "Layers",
+    "LayersBy",
+    "Pick",
+    "Way",
+    "is_score",
+    "listed_ways",
+]
 
-By = Literal["first", "even", "ids", "random", "norm", "gate", "scores"]
-LayersBy = Literal["even", "first", "kinds", "ids", "random", "norm", "scores"]
+By = Literal[
+    "first",
+    "even",
+    "ids",
+    "random",
+    "norm",
+    "gate",
+    "scores",
+    "reap",
+    "frequency",
+    "contribution",
+    "activation",
+    "energy",
+]
+LayersBy = Literal["even", "first", "kinds", "ids", "random", "norm", "scores", "influence"]
+Way = str | tuple[str, ...]
+"""One way to choose, or several: the first that the scores file has what it needs for."""
+
+
+def _how_many(value: object) -> str:
+    return "several" if isinstance(value, list | tuple) else "one"
+
+
+# Tags stand in the places of errors; they are no keys, which the parenthesis says.
+_Ways = Annotated[
+    Annotated[By, Tag("(one)")]
+    | Annotated[tuple[By, ...], Field(min_length=1, max_length=8), Tag("(several)")],
+    Discriminator(lambda value: f"({_how_many(value)})"),
+]
+_LayersWays = Annotated[
+    Annotated[LayersBy, Tag("(one)")]
+    | Annotated[tuple[LayersBy, ...], Field(min_length=1, max_length=8), Tag("(several)")],
+    Discriminator(lambda value: f"({_how_many(value)})"),
+]
+
+
+def is_score(way: str) -> bool:
+    """Whether a way to choose needs a scores file."""
+    return way == "scores" or way in SCORE_NAMES
+
+
+def listed_ways(by: Way) -> tuple[str, ...]:
+    """The ways to choose in their order, be it one or several."""
+    return (by,) if isinstance(by, str) else by
+
+
+def _check_ways(by: Way, scored: Collection[str], *, takes_gate: bool) -> None:
+    """Each way fits the axis, and only the last of a list is always there."""
+    ways = listed_ways(by)
+    for way in ways:
+        if way == "gate" and not takes_gate:
+            raise broken_rule("`gate` chooses experts only; take another, such as norm or even")
+        if way in SCORE_NAMES and way not in scored:
+            raise broken_rule(
+                "`{way}` is no score of this axis; it has {known}",
+                way=way,
+                known=" and ".join(scored) or "none",
+            )
+    if "ids" in ways and not isinstance(by, str):
+        raise broken_rule("`ids` stands alone, not in a list")
+    for way, after in pairwise(ways):
+        if not is_score(way):
+            raise broken_rule(
+                "`{way}` is always there, so `{after}` would never be used", way=way, after=after
+            )
 
 
 def _long_choice(value: object, key: str) -> object:
@@ -43,11 +124,13 @@ def _long_choice(value: object, key: str) -> object:
     return {"by": "ids", "ids": value} if isinstance(value, list | tuple) else value
 
 
-def _check_ids(by: object, ids: tuple[int, ...] | None) -> None:
+def _check_ids(by: Way | None, ids: tuple[int, ...] | None) -> None:
     if by == "ids" and ids is None:
         raise broken_rule("missing: `by: ids` needs a list of ids")
     if by is not None and by != "ids" and ids is not None:
-        raise broken_rule("only goes with `by: ids`, not with `by: {by}`", by=by)
+        raise broken_rule(
+            "only goes with `by: ids`, not with `by: {by}`", by=", ".join(listed_ways(by))
+        )
 
 
 def _settled(info: ValidationInfo, name: str, *origins: str) -> int | None:
@@ -67,14 +150,15 @@ class Choice(Section):
 
     form: ClassVar[str] = "must be a whole number, a list of ids, or a mapping such as {keep: 8}"
     takes_gate: ClassVar[bool] = False
+    scored: ClassVar[tuple[str, ...]] = ()
+    """Names of the axis's scores, the one of `by: scores` first."""
     counts_ids: ClassVar[bool] = True
     """Whether `keep` is the number of ids."""
 
     keep: Count | None = Field(default=None, description="How many units are kept.")
-    by: By = Field(
+    by: _Ways = Field(
         default="even",
-        description="How units are chosen: first ones, evenly spaced, listed ids, seeded random, "
-        "largest weight norm, largest gate row (experts only), or best score.",
+        description="How units are chosen; of a list, the first that the scores file has.",
     )
     ids: Annotated[tuple[Index, ...], Field(min_length=1)] | None = Field(
         default=None, validate_default=True, description="Indices of the kept units, for `by: ids`."
@@ -86,9 +170,6 @@ class Choice(Section):
         default=1,
         description="Units are taken in whole aligned runs of this many; 128 keeps FP8 blocks, "
         "32 FP4 groups.",
-    )
-    scores: Line | None = Field(
-        default=None, description="Scores file of `by: scores`; the recipe's where it is not given."
     )
 
     @classmethod
@@ -106,9 +187,8 @@ class Choice(Section):
 
     @field_validator("by")
     @classmethod
-    def _gate_is_for_experts(cls, by: By) -> By:
-        if by == "gate" and not cls.takes_gate:
-            raise broken_rule("`gate` chooses experts only; take another, such as norm or even")
+    def _ways_fit(cls, by: Way) -> Way:
+        _check_ways(by, cls.scored, takes_gate=cls.takes_gate)
         return by
 
     @field_validator("ids")
@@ -140,10 +220,35 @@ class Pick(Choice):
     keep: Count = Field(description="How many units are kept.")
 
 
+class ActivationPick(Pick):
+    """A choice among units that a matrix reads: `activation` scores them."""
+
+    scored: ClassVar[tuple[str, ...]] = ("activation",)
+
+
+class ContributionPick(Pick):
+    """A choice among heads or groups of them: `contribution` scores them."""
+
+    scored: ClassVar[tuple[str, ...]] = ("contribution",)
+
+
+class EnergyPick(Pick):
+    """A choice among channels, streams or dims: `energy` scores them."""
+
+    scored: ClassVar[tuple[str, ...]] = ("energy",)
+
+
+class FrequencyPick(Pick):
+    """A choice among token ids: `frequency` scores them."""
+
+    scored: ClassVar[tuple[str, ...]] = ("frequency",)
+
+
 class IndexDims(Choice):
     """The index head dim: `keep` counts the rope dims too, the choice is among the others."""
 
     form: ClassVar[str] = "must be a whole number, or a mapping such as {keep: 96}"
+    scored: ClassVar[tuple[str, ...]] = ("energy",)
     counts_ids: ClassVar[bool] = False
 
     keep: Count = Field(description="The whole index_head_dim of the replica, rope dims included.")
@@ -214,14 +319,15 @@ class Layers(Section):
         "must be a whole number, a list of layer ids, or a mapping such as {count: 28}"
     )
     entry_sections: ClassVar[dict[str, type[Section]]] = {"compress_ratios": Run}
+    scored: ClassVar[tuple[str, ...]] = ("influence",)
 
     count: LayerCount = Field(
         description="How many layers the replica has; follows from ids or compress_ratios."
     )
-    by: LayersBy = Field(
+    by: _LayersWays = Field(
         default="even",
-        description="How layers are chosen inside their kind: evenly spaced, first ones, the first "
-        "of every kind and then the second (kinds), listed ids, seeded random, norm or score.",
+        description="How layers are chosen inside their kind; of a list, the first that the "
+        "scores file has.",
     )
     ids: Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_LAYERS)] | None = Field(
         default=None,
@@ -230,9 +336,6 @@ class Layers(Section):
     )
     seed: SeedInt | None = Field(
         default=None, description="Seed of `by: random`; the recipe's seed where it is not given."
-    )
-    scores: Line | None = Field(
-        default=None, description="Scores file of `by: scores`; the recipe's where it is not given."
     )
     compress_ratios: Annotated[tuple[Index, ...], BeforeValidator(_flat_ratios)] | None = Field(
         default=None,
@@ -266,6 +369,12 @@ class Layers(Section):
             known = _length(written.get("ids")) or _num_ratios(ratios) or 1
             written["count"] = min(known, MAX_LAYERS)
         return written
+
+    @field_validator("by")
+    @classmethod
+    def _ways_fit(cls, by: Way) -> Way:
+        _check_ways(by, cls.scored, takes_gate=False)
+        return by
 
     @field_validator("ids")
     @classmethod
@@ -308,6 +417,7 @@ class Experts(Choice):
     """Which routed experts are kept in each layer, and how many of them a token takes."""
 
     takes_gate: ClassVar[bool] = True
+    scored: ClassVar[tuple[str, ...]] = ("reap", "frequency")
 
     per_token: Count | None = Field(default=None, description="num_experts_per_tok of the replica.")
     hash_table: Literal["nearest", "balanced", "keep-all"] = Field(
@@ -320,7 +430,7 @@ class Experts(Choice):
     @classmethod
     def _completed(cls, written: dict[Any, Any]) -> dict[Any, Any]:
         written = super()._completed(written)
-        if "keep" not in written and {"by", "ids", "seed", "block", "scores"} & set(written):
+        if "keep" not in written and {"by", "ids", "seed", "block"} & set(written):
             written["keep"] = None  # a default is not checked, a written null is
         return written
 

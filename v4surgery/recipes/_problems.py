@@ -72,6 +72,8 @@ def _locate(root: Node, loc: KeyPath) -> tuple[Node, KeyPath, bool]:
     node = root
     path: KeyPath = ()
     for part in loc:
+        if isinstance(part, str) and part.startswith("("):
+            continue  # which form of a field was tried, no key
         if isinstance(node.value, dict) and isinstance(part, str):
             path = (*path, part)
             if part not in node.value:

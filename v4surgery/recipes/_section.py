@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 __all__ = [
     "MAX_LAYERS",
     "Count",
+    "Digest",
     "Index",
     "LayerCount",
     "Line",
@@ -91,6 +92,13 @@ def _size_bytes(value: object) -> object:
     return int(Decimal(match[1]) * base ** ("kmgt".index(match[2].lower()) + 1 if match[2] else 0))
 
 
+def _digest(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise broken_rule("must be 64 hexadecimal digits, in lower case")
+    return text
+
+
+Digest = Annotated[StrictStr, AfterValidator(_digest)]
 Slug = Annotated[StrictStr, AfterValidator(_slug)]
 ShardBytes = Annotated[StrictInt, Field(ge=1, le=2**63 - 1), BeforeValidator(_size_bytes)]
 

@@ -11,16 +11,23 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from v4surgery.recipes._choices import (
+    ActivationPick,
     By,
     Choice,
+    ContributionPick,
+    EnergyPick,
     Experts,
+    FrequencyPick,
     IndexDims,
     Layers,
     LayersBy,
     Pick,
+    is_score,
+    listed_ways,
 )
 from v4surgery.recipes._section import (
     Count,
+    Digest,
     Line,
     NonNegative,
     Positive,
@@ -49,6 +56,8 @@ __all__ = [
     "Section",
     "Store",
     "Validate",
+    "is_score",
+    "listed_ways",
 ]
 
 EXTENDS_DESCRIPTION = (
@@ -63,8 +72,10 @@ class Heads(Section):
 
     form: ClassVar[str] = "must be a mapping such as {groups: 4, per_group: 6}"
 
-    groups: Pick | None = Field(default=None, description="The kept output groups (o_groups).")
-    per_group: Pick | None = Field(
+    groups: ContributionPick | None = Field(
+        default=None, description="The kept output groups (o_groups)."
+    )
+    per_group: ContributionPick | None = Field(
         default=None,
         description="The kept heads of each kept group; ids are positions inside the group.",
     )
@@ -75,7 +86,7 @@ class HeadDim(Section):
 
     form: ClassVar[str] = "must be a mapping such as {nope: 32, rope: 32}"
 
-    nope: Pick | None = Field(default=None, description="The kept dims before the rope ones.")
+    nope: EnergyPick | None = Field(default=None, description="The kept dims before the rope ones.")
     rope: Annotated[StrictInt, Field(ge=2, le=2**31 - 1, multiple_of=2)] | None = Field(
         default=None,
         description="qk_rope_head_dim of the replica; every s-th pair of the parent is kept.",
@@ -91,7 +102,9 @@ class Indexer(Section):
 
     form: ClassVar[str] = "must be a mapping such as {heads: 16, head_dim: 96, topk: 192}"
 
-    heads: Pick | None = Field(default=None, description="The kept index heads (index_n_heads).")
+    heads: ContributionPick | None = Field(
+        default=None, description="The kept index heads (index_n_heads)."
+    )
     head_dim: IndexDims | None = Field(
         default=None, description="index_head_dim of the replica, rope dims included."
     )
@@ -102,15 +115,15 @@ class Keep(Section):
     """What the replica keeps. An axis that is not named is kept whole."""
 
     layers: Layers | None = Field(default=None, description="The kept layers and their kinds.")
-    hidden_size: Pick | None = Field(
+    hidden_size: EnergyPick | None = Field(
         default=None, description="The kept channels of the hidden state."
     )
-    hc_mult: Pick | None = Field(default=None, description="The kept residual streams.")
-    vocab_size: Pick | None = Field(default=None, description="The kept token ids.")
+    hc_mult: EnergyPick | None = Field(default=None, description="The kept residual streams.")
+    vocab_size: FrequencyPick | None = Field(default=None, description="The kept token ids.")
     experts: Experts | None = Field(
         default=None, description="The kept routed experts of each layer."
     )
-    moe_intermediate_size: Pick | None = Field(
+    moe_intermediate_size: ActivationPick | None = Field(
         default=None, description="The kept neurons of every expert, the shared one included."
     )
     heads: Heads | None = Field(
@@ -119,10 +132,10 @@ class Keep(Section):
     head_dim: HeadDim | None = Field(
         default=None, description="The kept dims of every attention head."
     )
-    q_lora_rank: Pick | None = Field(
+    q_lora_rank: ActivationPick | None = Field(
         default=None, description="The kept ranks of the query bottleneck."
     )
-    o_lora_rank: Pick | None = Field(
+    o_lora_rank: ActivationPick | None = Field(
         default=None, description="The kept ranks of every group's output bottleneck."
     )
     indexer: Indexer | None = Field(
@@ -237,4 +250,12 @@ class Recipe(Section):
     validate_: Validate = Field(
         default=Validate(), alias="validate", description="Thresholds that a validation must meet."
     )
-    scores: Line | None = Field(default=None, description="Scores file for every `by: scores`.")
+    scores: Line | None = Field(
+        default=None,
+        description="Scores file (from `v4surgery score`) of every `by` that names a score.",
+    )
+    scores_blake3: Digest | None = Field(
+        default=None,
+        description="BLAKE3 of the scores file, in hex: the only content it may have. A resolved "
+        "recipe has it.",
+    )

@@ -180,7 +180,7 @@ def _own_files(plan: Plan, result: WriteResult, report: Mapping[str, Any]) -> di
     provenance = provenance_of(plan, result.digests, report)
     config = json.dumps(plan.config.to_dict(), indent=2) + "\n"
     return {
-        RECIPE_FILE: dump_recipe(plan.recipe).encode(),
+        RECIPE_FILE: dump_recipe(plan.recorded_recipe).encode(),
         PROVENANCE_FILE: (json.dumps(provenance, indent=1) + "\n").encode(),
         "config.json": config.encode(),
     }

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Checkpoint, Rows
-from v4surgery.recipes import Recipe
+from v4surgery.recipes import Recipe, is_score, listed_ways
 from v4surgery.slicers.plan import Plan, make_plan
 
 _GATE_AXES = ("n_routed_experts", "hidden_size")
@@ -52,7 +52,8 @@ def estimate_plan(parent: Checkpoint, recipe: Recipe) -> tuple[Plan, bool]:
         PlanError: The recipe cannot be applied to this parent.
     """
     neurons = recipe.keep.moe_intermediate_size
-    if neurons is not None and neurons.by == "norm":
+    ways = listed_ways(neurons.by) if neurons is not None else ()
+    if "norm" in ways or (recipe.scores is not None and any(map(is_score, ways))):
         return make_plan(parent, recipe), False  # scored expert by expert: it matters which
     view = _WithoutGates.of(parent)
     plan = make_plan(view, recipe)

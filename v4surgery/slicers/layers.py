@@ -96,7 +96,7 @@ def _free_choice(
     elif recipe.by == "random":
         chosen = np.sort(generator(_seed(recipe, seed), FIELD, "model").permutation(size)[:count])
     else:
-        assert scores is not None
+        assert scores is not None and isinstance(recipe.by, str)  # settled
         chosen = best(scores(recipe.by, "model"), count)
     return tuple(int(i) for i in chosen)
 
@@ -139,9 +139,9 @@ def _assign(
     cost = np.full((len(wanted), len(kinds)), np.inf)
     for j, (ratio, is_hash) in enumerate(wanted):
         for i, kind in enumerate(kinds):
-            penalty = _conversion_cost(kind, ratio, is_hash, recipe.hash_to_score == "zero-bias")
-            cost[j, i] = penalty + preference[j, i]
-    sources = _cheapest_increasing(cost)
+            cost[j, i] = _conversion_cost(kind, ratio, is_hash, recipe.hash_to_score == "zero-bias")
+    cost[~np.isfinite(preference)] = np.inf
+    sources = _cheapest_increasing(cost, preference)
     if len(sources) < len(wanted):
         j = len(sources)
         ratio, is_hash = wanted[j]
@@ -188,7 +188,7 @@ def _conversion_cost(
 def _preference(
     recipe: Layers, num_parent: int, seed: int, scores: Scores | None
 ) -> NDArray[np.float64]:
-    """What ``by`` prefers, ``(replica layers, parent layers)``, small against conversions."""
+    """What ``by`` prefers, ``(replica layers, parent layers)``: the least; inf is no choice."""
     count = recipe.count
     if recipe.ids is not None:
         table = np.full((count, num_parent), np.inf)
@@ -203,35 +203,36 @@ def _preference(
         ideal = np.linspace(0, num_parent - 1, count)
         return np.asarray((position[None] - ideal[:, None]) ** 2)
     else:
-        assert scores is not None
-        values = scores(recipe.by, "model")
-        row = -values / max(float(np.abs(values).max()), 1e-300)
+        assert scores is not None and isinstance(recipe.by, str)
+        row = -scores(recipe.by, "model")
     return np.broadcast_to(row, (count, num_parent))
 
 
-def _cheapest_increasing(cost: NDArray[np.float64]) -> tuple[int, ...]:
-    """Strictly increasing columns, one a row, of least total cost; fewer if a row has none."""
+def _cheapest_increasing(
+    cost: NDArray[np.float64], preference: NDArray[np.float64]
+) -> tuple[int, ...]:
+    """Strictly increasing columns, one a row, of least total cost; of equal cost, best preferred.
+
+    The two are compared one after the other, not added up: beside a conversion's cost a
+    difference of scores would drown in rounding. Fewer columns come back if a row has none.
+    """
     num_rows, num_cols = cost.shape
-    best_cost = cost[0].copy()
-    back = np.zeros((num_rows, num_cols), dtype=np.int64)
-    history = [best_cost]
-    for j in range(1, num_rows):
-        # prefix[i]: cheapest end of row j - 1 strictly before column i.
-        order = np.minimum.accumulate(history[-1])
-        argmin = np.zeros(num_cols, dtype=np.int64)
-        for i in range(1, num_cols):
-            better = history[-1][i] < history[-1][argmin[i - 1]]
-            argmin[i] = i if better else argmin[i - 1]
-        total = np.full(num_cols, np.inf)
-        total[1:] = order[:-1] + cost[j, 1:]
-        back[j, 1:] = argmin[:-1]
-        history.append(total)
-    feasible = [j for j in range(num_rows) if np.isfinite(history[j]).any()]
-    if len(feasible) < num_rows:
-        return tuple(range(len(feasible)))
-    path = [int(np.argmin(history[-1]))]
-    for j in range(num_rows - 1, 0, -1):
-        path.append(int(back[j, path[-1]]))
+    ends = list(zip(cost[0].tolist(), preference[0].tolist(), strict=True))
+    back: list[list[int]] = []
+    for j in range(num_rows):
+        if j:
+            before, ends, cheapest = ends, [(np.inf, 0.0)], 0
+            back.append([0])
+            for i in range(1, num_cols):  # cheapest: the best end of row j - 1 before column i
+                cheapest = i - 1 if before[i - 1] < before[cheapest] else cheapest
+                spent, liked = before[cheapest]
+                ends.append((spent + float(cost[j, i]), liked + float(preference[j, i])))
+                back[-1].append(cheapest)
+        if not np.isfinite(min(ends)[0]):
+            return tuple(range(j))
+    path = [min(range(num_cols), key=lambda i: ends[i])]
+    for pointers in reversed(back):
+        path.append(pointers[path[-1]])
     return tuple(reversed(path))
 
 

@@ -105,7 +105,7 @@ def _choose_runs(
     if pick.by == "random":
         rng = generator(seed if pick.seed is None else pick.seed, field, place)
         return np.sort(rng.permutation(runs)[:keep]).astype(np.int64)
-    assert scores is not None, (field, pick.by)
+    assert scores is not None and isinstance(pick.by, str), (field, pick.by)  # settled
     if keep == runs:
         return np.arange(runs, dtype=np.int64)
     values = scores(pick.by, place)

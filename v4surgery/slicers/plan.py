@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import sqrt
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -134,17 +135,27 @@ class Plan:
 
     @cached_property
     def plan_hash(self) -> str:
-        """SHA-256 of all that decides the replica's bytes: parent, recipe, selections, version."""
+        """SHA-256 of all that decides the replica's bytes: parent, recipe, selections, version.
+
+        A scores file counts by its content, which the recipe has; where it lies does not matter.
+        """
         content = {
             "version": __version__,
             "parent": self.parent.fingerprint,
             "recipe": self.recipe.model_dump(
-                mode="json", exclude_none=True, exclude={"description"}
+                mode="json", exclude_none=True, exclude={"description", "scores"}
             ),
             "selections": self.selections.to_json(),
             "shards": [shard.file for shard in self.shards],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def recorded_recipe(self) -> Recipe:
+        """The recipe as a replica carries it: without the folder of the scores file."""
+        if self.recipe.scores is None:
+            return self.recipe
+        return self.recipe.model_copy(update={"scores": PurePath(self.recipe.scores).name})
 
     @cached_property
     def shards(self) -> list[ShardLayout]:
@@ -212,7 +223,9 @@ def make_plan(parent: Checkpoint, recipe: Recipe) -> Plan:
     Raises:
         PlanError: The recipe cannot be applied to this parent.
     """
-    return plan_selected(parent, recipe, select(parent, recipe))
+    selected = select(parent, recipe)
+    resolved = recipe.model_copy(update={"scores_blake3": selected.scores_blake3})
+    return plan_selected(parent, resolved, selected)
 
 
 def plan_selected(parent: Checkpoint, recipe: Recipe, selected: Selected) -> Plan:

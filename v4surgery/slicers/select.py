@@ -23,8 +23,9 @@ from v4surgery.catalogue import (
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.config import HCA, QUANTIZATION_CONFIG, V4Config, attention_kind
 from v4surgery.errors import PlanError
-from v4surgery.importance.scorebook import ScoreBook
-from v4surgery.recipes.schema import Choice, Keep, Recipe
+from v4surgery.importance.names import SCORE_NAMES
+from v4surgery.importance.scorebook import ScoreBook, neuron_dim
+from v4surgery.recipes.schema import Choice, Heads, Keep, Recipe
 from v4surgery.slicers.compress_ratios import choose_ape_rows
 from v4surgery.slicers.drafters import remap_targets
 from v4surgery.slicers.heads import choose_heads, choose_in_groups
@@ -45,6 +46,7 @@ class Selected:
     config: V4Config
     notes: tuple[str, ...]
     bytes_read: int
+    scores_blake3: str | None = None
 
 
 def select(parent: Checkpoint, recipe: Recipe) -> Selected:
@@ -55,9 +57,12 @@ def select(parent: Checkpoint, recipe: Recipe) -> Selected:
         ConfigError: The replica's dimensions would contradict each other.
     """
     keep, config = recipe.keep, parent.config
-    book = ScoreBook(parent, recipe.scores)
+    book = ScoreBook.of_recipe(parent, recipe)
     layers = assign_layers(
-        keep.layers, config, seed=recipe.seed, scores=book.of("layers", None, keep.layers)
+        book.settle(keep.layers, "layers", None),
+        config,
+        seed=recipe.seed,
+        scores=book.of("layers", None),
     )
     rope = _rope(recipe, config)
     model = _model_dims(parent, recipe, book, rope)
@@ -73,8 +78,13 @@ def select(parent: Checkpoint, recipe: Recipe) -> Selected:
         )
         for target, source in zip(targets, chosen, strict=True)
     )
-    notes = (*_layer_notes(layers, config), *_notes(recipe, config, replica, rope))
-    return Selected(Selections(model, blocks), replica, notes, book.bytes_read)
+    notes = (
+        *_layer_notes(layers, config),
+        *_notes(recipe, config, replica, rope),
+        *book.notes(),
+    )
+    digest = book.file.blake3 if book.file else None
+    return Selected(Selections(model, blocks), replica, notes, book.bytes_read, digest)
 
 
 def restore(
@@ -113,7 +123,7 @@ def _model_dims(parent: Checkpoint, recipe: Recipe, book: ScoreBook, rope: RopeC
     keep, config = recipe.keep, parent.config
 
     def pick(choice: Choice | None, dim: str, size: int, field: str) -> IntArray | None:
-        scores = book.of(dim, None, choice)
+        choice, scores = book.settle(choice, dim, None), book.of(dim, None)
         return choose(choice, size, field=f"keep.{field}", seed=recipe.seed, scores=scores)
 
     tokenizer = None
@@ -123,11 +133,11 @@ def _model_dims(parent: Checkpoint, recipe: Recipe, book: ScoreBook, rope: RopeC
         "hidden_size": pick(keep.hidden_size, "hidden_size", config.hidden_size, "hidden_size"),
         "streams": pick(keep.hc_mult, "streams", config.hc_mult, "hc_mult"),
         "vocab_size": choose_vocabulary(
-            keep.vocab_size,
+            book.settle(keep.vocab_size, "vocab_size", None),
             config,
             tokenizer,
             seed=recipe.seed,
-            scores=book.of("vocab_size", None, keep.vocab_size),
+            scores=book.of("vocab_size", None),
         ),
         "rope": rope.dims,
     }
@@ -140,18 +150,16 @@ def _block_dims(
     keep, seed, place = recipe.keep, recipe.seed, source.prefix
 
     def pick(choice: Choice | None, dim: str, size: int, field: str) -> IntArray | None:
-        scores = book.of(dim, source, choice)
+        choice, scores = book.settle(choice, dim, source), book.of(dim, source)
         return choose(choice, size, field=f"keep.{field}", place=place, seed=seed, scores=scores)
 
     kept = choose_heads(
-        keep.heads,
+        _settled_heads(book, keep.heads, source),
         config,
         place=place,
         seed=seed,
-        group_scores=book.of("o_groups", source, keep.heads.groups if keep.heads else None),
-        head_scores=book.of(
-            "num_attention_heads", source, keep.heads.per_group if keep.heads else None
-        ),
+        group_scores=book.of("o_groups", source),
+        head_scores=book.of("num_attention_heads", source),
     )
     groups = kept.get("o_groups")
     nope = keep.head_dim.nope if keep.head_dim else None
@@ -159,13 +167,13 @@ def _block_dims(
         "nope": pick(nope, "nope", config.nope_head_dim, "head_dim.nope"),
         "q_lora_rank": pick(keep.q_lora_rank, "q_lora_rank", config.q_lora_rank, "q_lora_rank"),
         "o_lora_rank": choose_in_groups(
-            keep.o_lora_rank,
+            book.settle(keep.o_lora_rank, "o_groups*o_lora_rank", source),
             config.o_lora_rank,
             np.arange(config.o_groups) if groups is None else groups,
             field="keep.o_lora_rank",
             place=place,
             seed=seed,
-            scores=book.of("o_groups*o_lora_rank", source, keep.o_lora_rank),
+            scores=book.of("o_groups*o_lora_rank", source),
         ),
     }
     experts = keep.experts if keep.experts and keep.experts.keep else None
@@ -185,6 +193,14 @@ def _block_dims(
     return {name: units for name, units in kept.items() if units is not None}
 
 
+def _settled_heads(book: ScoreBook, heads: Heads | None, source: Block) -> Heads | None:
+    if heads is None:
+        return None
+    groups = book.settle(heads.groups, "o_groups", source)
+    per_group = book.settle(heads.per_group, "num_attention_heads", source)
+    return heads.model_copy(update={"groups": groups, "per_group": per_group})
+
+
 def _neurons(
     config: V4Config,
     keep: Keep,
@@ -194,16 +210,18 @@ def _neurons(
     seed: int,
 ) -> IntArray | None:
     """Neurons kept: the same for all experts, or a row for each and one for the shared expert."""
-    choice, size = keep.moe_intermediate_size, config.moe_intermediate_size
-    field = "keep.moe_intermediate_size"
+    size, field = config.moe_intermediate_size, "keep.moe_intermediate_size"
+    asked = keep.moe_intermediate_size
+    choice = book.settle(asked, "moe_intermediate_size", source)
     if choice is None or choice.by in SAME_EVERYWHERE:
         return choose(choice, size, field=field, place=source.prefix, seed=seed)
     ids = range(config.n_routed_experts) if experts is None else experts.tolist()
     rows = []
     for expert in (*ids, None):
         place = f"{source.prefix}expert.{'shared' if expert is None else expert}"
-        scores = book.of_expert(source, expert, choice)
-        units = choose(choice, size, field=field, place=place, seed=seed, scores=scores)
+        own = book.settle(asked, neuron_dim(expert), source) if choice.by in SCORE_NAMES else choice
+        scores = book.of_expert(source, expert)
+        units = choose(own, size, field=field, place=place, seed=seed, scores=scores)
         if units is None:
             return None
         rows.append(units)

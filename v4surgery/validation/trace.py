@@ -1,21 +1,15 @@
-"""Trace files: activations of a run, as safetensors with a header that says what they are.
-
-The payload is appended as activations come, so that a trace may be larger than memory; the header
-is known at the end, and is put in front then.
-"""
+"""Trace files: activations of a run, as safetensors with a header that says what they are."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from v4surgery.checkpoint.header import build_header
+from v4surgery.checkpoint.appended import AppendedFile
 from v4surgery.errors import OutputError
 
 METADATA_KEY = "v4surgery.trace"
@@ -40,36 +34,25 @@ class TraceWriter:
         if path.exists():
             raise OutputError("the trace exists already", where=path, hint="choose another --out")
         self.path, self.dtype = path, dtype
-        self._entries: list[tuple[str, str, tuple[int, ...]]] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._payload = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - closed by close
+        self._file = AppendedFile(path)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._file)
 
     def record(self, name: str, value: Tensor) -> None:
         """Append one activation."""
         if self.dtype is not None and value.is_floating_point():
             value = value.to(self.dtype)
         value = value.contiguous().cpu()
-        self._entries.append((name, DTYPE_NAMES[value.dtype], tuple(value.shape)))
-        self._payload.write(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+        self._file.append(name, DTYPE_NAMES[value.dtype], tuple(value.shape), data)
 
     def close(self, about: dict[str, Any] | None = None) -> None:
         """Finish the file with ``about`` in its header; None drops it."""
-        with self._payload:
-            if about is None:
-                return
-            header = build_header(self._entries, {METADATA_KEY: json.dumps(about)})
-            part = self.path.with_name(self.path.name + ".part")
-            self._payload.seek(0)
-            with part.open("wb") as file:
-                file.write(header)
-                while block := self._payload.read(16 << 20):
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self.path)
+        if about is None:
+            self._file.drop()
+        else:
+            self._file.finish({METADATA_KEY: json.dumps(about)})
 
 
 def read_about(path: Path) -> dict[str, Any]:
