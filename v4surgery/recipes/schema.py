@@ -11,12 +11,15 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from v4surgery.recipes._choices import (
+    BasisPick,
     By,
     Choice,
     Experts,
+    FactorPick,
     IndexDims,
     Layers,
     LayersBy,
+    Method,
     Pick,
 )
 from v4surgery.recipes._section import (
@@ -33,10 +36,12 @@ from v4surgery.recipes._section import (
 
 __all__ = [
     "EXTENDS_DESCRIPTION",
+    "BasisPick",
     "By",
     "Choice",
     "ConfigChanges",
     "Experts",
+    "FactorPick",
     "HeadDim",
     "Heads",
     "IndexDims",
@@ -44,6 +49,7 @@ __all__ = [
     "Keep",
     "Layers",
     "LayersBy",
+    "Method",
     "Pick",
     "Recipe",
     "Section",
@@ -102,7 +108,7 @@ class Keep(Section):
     """What the replica keeps. An axis that is not named is kept whole."""
 
     layers: Layers | None = Field(default=None, description="The kept layers and their kinds.")
-    hidden_size: Pick | None = Field(
+    hidden_size: BasisPick | None = Field(
         default=None, description="The kept channels of the hidden state."
     )
     hc_mult: Pick | None = Field(default=None, description="The kept residual streams.")
@@ -119,10 +125,10 @@ class Keep(Section):
     head_dim: HeadDim | None = Field(
         default=None, description="The kept dims of every attention head."
     )
-    q_lora_rank: Pick | None = Field(
+    q_lora_rank: BasisPick | None = Field(
         default=None, description="The kept ranks of the query bottleneck."
     )
-    o_lora_rank: Pick | None = Field(
+    o_lora_rank: FactorPick | None = Field(
         default=None, description="The kept ranks of every group's output bottleneck."
     )
     indexer: Indexer | None = Field(
@@ -156,7 +162,7 @@ class ConfigChanges(Section):
 class Store(Section):
     """How the replica's tensors are written."""
 
-    dtype: Literal["native", "bf16", "fp8"] = Field(
+    dtype: Literal["native", "bf16", "fp8", "f32"] = Field(
         default="bf16",
         description="Format of the weights that the parent stores as FP4, FP8 or BF16.",
     )
