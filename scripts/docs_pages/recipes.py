@@ -32,6 +32,20 @@ WAYS: Mapping[str, str] = {
 }
 """What docs say of each `by`; a kind of layer is its compress ratio class and its routing."""
 
+CHOICES: Mapping[str, str] = {
+    "Pick": "choice",
+    "IndexDims": "choice",
+    "BasisPick": "choice, or method",
+    "FactorPick": "choice, or method",
+}
+METHODS: Mapping[str, str] = {
+    "select": "Units of the parent, chosen as above. The default.",
+    "pca": "`hidden_size`, `q_lora_rank`: the leading principal components, by rotation; norms are "
+    "absorbed into the weights that follow. `hidden_size` needs `mtp: drop`.",
+    "svd": "`o_lora_rank`: the truncated SVD of each group's `wo_b @ wo_a`.",
+}
+"""What docs say of each `method`."""
+
 SHORT_FORMS = (
     ("hidden_size", "1536"),
     ("hidden_size", "[0, 1, 2, 7]"),
@@ -66,6 +80,12 @@ def recipes_page() -> Iterator[str]:
     yield key_table("", "Choice")
     yield "The ways to select:"
     yield table(("`by`", "units"), [(code(by), text) for by, text in ways()])
+    yield (
+        "Three axes have a free basis and take a `method` instead, which mixes units: "
+        "`hidden_size: {keep: 1536, method: pca}`. See [methods.md](methods.md)."
+    )
+    assert set(get_args(schema.Method)) == set(METHODS)
+    yield table(("`method`", "what is kept"), [(code(m), text) for m, text in METHODS.items()])
     yield "## Short forms"
     yield table(
         ("written", "means"),
@@ -105,7 +125,7 @@ def sections(path: str = "", name: str = "Recipe") -> Iterator[tuple[str, str]]:
     yield path, name
     for key, field in definitions()[name]["properties"].items():
         inner = section_name(field)
-        if inner is not None and inner not in ("Pick", "IndexDims"):
+        if inner is not None and inner not in CHOICES:
             yield from sections(f"{path}.{key}".lstrip("."), inner)
 
 
@@ -145,7 +165,7 @@ def type_text(path: str, field: Mapping[str, Any]) -> str:
         return special[path]
     inner = section_name(field)
     if inner is not None:
-        return "choice" if inner in ("Pick", "IndexDims") else "mapping, see below"
+        return CHOICES.get(inner, "mapping, see below")
     options = [option for option in field.get("anyOf", [field]) if option.get("type") != "null"]
     return " or ".join(words(option) for option in options)
 

@@ -34,6 +34,7 @@ from typing import Any
 
 from v4surgery.axes import Dim, contains, parse_axis
 from v4surgery.catalogue import Block, Entry, norm_before
+from v4surgery.checkpoint.header import payload_bytes
 from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.config import V4Config
@@ -115,6 +116,12 @@ class Bases:
 
     def __bool__(self) -> bool:
         return bool(self.items)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the recorded arrays."""
+        arrays = [array for basis in self.items for array in basis.arrays.values()]
+        return sum(payload_bytes(dtype, shape) for dtype, shape in arrays)
 
     def to_json(self) -> dict[str, Any]:
         return {basis.key: basis.to_json() for basis in self.items}

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -27,6 +28,7 @@ from v4surgery.slicers.bases import Bases, Basis
 Float = NDArray[np.float64]
 
 BASES_FILE = "v4surgery.bases"
+ROTATION = "hidden_size/model/out"
 _DTYPES = {"F32": np.float32, "F64": np.float64}
 _READ_BYTES = 4 << 20
 _WAITING_ARRAYS = 2
@@ -48,25 +50,14 @@ class BasisFile:
 
     def __init__(self, source: Source, bases: Bases) -> None:
         self.bases, self._source = bases, source
-        where = f"{source.name}/{BASES_FILE}"
-        if BASES_FILE not in source.list_files():
-            raise CheckpointError(
-                "the bases of the replica are not beside it",
-                where=where,
-                rule="the file that slice wrote",
-                hint="get it from where the replica came from, or slice again into another folder",
-            )
-        size = source.size(BASES_FILE)
-        length = header_length(source.read(BASES_FILE, 0, min(8, size)), size, where)
-        header = source.read(BASES_FILE, 8, 8 + length)
-        self._tensors, self.metadata = parse_header(header, size, where)
+        self._tensors, self.metadata = _read_header(source)
         wanted = {name: value for basis in bases.items for name, value in basis.arrays.items()}
         found = {name: (info.dtype, info.shape) for name, info in self._tensors.items()}
         if found != wanted:
             odd = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
             raise CheckpointError(
                 "the recorded bases are not those of the plan",
-                where=where,
+                where=f"{source.name}/{BASES_FILE}",
                 value=f"{odd[0]} is {found.get(odd[0])}",
                 rule=f"{wanted.get(odd[0])}",
                 hint="slice again into another folder",
@@ -134,13 +125,44 @@ class BasisFile:
             if name in self._waiting:
                 self._waiting.move_to_end(name)
                 return self._waiting[name]
-        info: TensorInfo = self._tensors[name]
-        data = bytearray(info.end - info.begin)
-        self._source.read_into(BASES_FILE, info.begin, memoryview(data))
-        array = np.frombuffer(data, _DTYPES[info.dtype]).reshape(info.shape).astype(np.float64)
+        array = _read(self._source, self._tensors[name])
         with self._lock:
             self._waiting[name] = array
             of_blocks = [key for key in self._waiting if "/model/" not in key]
             for old in of_blocks[:-_WAITING_ARRAYS]:
                 del self._waiting[old]
         return array
+
+
+def read_rotation(source: Source, record: Mapping[str, Any]) -> Float | None:
+    """How a replica's channels lie in its parent's, ``(D, D')``; None where channels were picked.
+
+    Args:
+        source: The replica's folder.
+        record: Its v4surgery.json.
+    """
+    if ROTATION.removesuffix("/out") not in record.get("bases", {}).get("of", {}):
+        return None
+    tensors, _ = _read_header(source)
+    rotation: Float = _read(source, tensors[ROTATION])[0]
+    return rotation
+
+
+def _read_header(source: Source) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    where = f"{source.name}/{BASES_FILE}"
+    if BASES_FILE not in source.list_files():
+        raise CheckpointError(
+            "the bases of the replica are not beside it",
+            where=where,
+            rule="the file that slice wrote",
+            hint="get it from where the replica came from, or slice again into another folder",
+        )
+    size = source.size(BASES_FILE)
+    length = header_length(source.read(BASES_FILE, 0, min(8, size)), size, where)
+    return parse_header(source.read(BASES_FILE, 8, 8 + length), size, where)
+
+
+def _read(source: Source, info: TensorInfo) -> Float:
+    data = bytearray(info.end - info.begin)
+    source.read_into(BASES_FILE, info.begin, memoryview(data))
+    return np.frombuffer(data, _DTYPES[info.dtype]).reshape(info.shape).astype(np.float64)

@@ -33,6 +33,7 @@ from v4surgery.catalogue import (
     file_group,
     stored_tensors,
 )
+from v4surgery.checkpoint.header import build_header
 from v4surgery.checkpoint.layout import OutputTensor, ShardLayout, pack
 from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Checkpoint, row_segments
@@ -211,7 +212,14 @@ class Plan:
                 part = (scale.end - scale.begin) * size // max(ref.end - ref.begin, 1)
                 bytes_read += part * edit.passes
         written = sum(shard.total_bytes for shard in self.shards)
+        written += len(self.basis_header) + self.bases.nbytes
         return Cost(bytes_read, requests, written, self.selection_bytes)
+
+    @cached_property
+    def basis_header(self) -> bytes:
+        """Everything of the file of bases before its data; nothing where there are none."""
+        entries = [(n, *array) for basis in self.bases.items for n, array in basis.arrays.items()]
+        return build_header(entries, {"plan_hash": self.plan_hash}) if entries else b""
 
     @cached_property
     def transforms(self) -> Counter[str]:
@@ -310,8 +318,9 @@ class _Planner:
         if recipe.compensate:
             self.notes.append(
                 "compensate: norm weights and mHC projections take sqrt(units before / units "
-                "after); rms_norm_eps, the softmax over fewer keys and top-K routing cannot be "
-                "folded into weights"
+                "after), times the root of the energy kept where a basis says it; the norm of a "
+                "query head and the softmax scale cancel each other; rms_norm_eps, the softmax "
+                "over fewer keys and top-K routing cannot be folded into weights"
             )
 
     def edits(self) -> Iterator[TensorEdit]:

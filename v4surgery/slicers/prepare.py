@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from v4surgery.axes import axis_index, parse_axis
 from v4surgery.checkpoint.folder import LocalFolder
-from v4surgery.checkpoint.header import build_header
 from v4surgery.checkpoint.journal import sync_dir
 from v4surgery.checkpoint.reader import Checkpoint, decode
 from v4surgery.checkpoint.shard import PART, writing
@@ -50,13 +49,12 @@ def prepare_bases(
         found = BasisFile(LocalFolder(out), plan.bases)
         if found.metadata.get("plan_hash") == plan.plan_hash:
             if progress is not None:
-                progress(basis_bytes(plan))
+                progress(plan.bases.nbytes)
             return found
     _check_files(plan.bases)
-    entries = [(n, *a) for basis in plan.bases.items for n, a in basis.arrays.items()]
     path = out / (BASES_FILE + PART)
     with writing(path, lambda: f"the same command goes on in {out}"), path.open("wb") as file:
-        file.write(build_header(entries, {"plan_hash": plan.plan_hash}))
+        file.write(plan.basis_header)
         for data in _arrays(plan):
             file.write(data.tobytes())
             if progress is not None:
@@ -66,16 +64,6 @@ def prepare_bases(
     path.replace(out / BASES_FILE)
     sync_dir(out)
     return BasisFile(LocalFolder(out), plan.bases)
-
-
-def basis_bytes(plan: Plan) -> int:
-    """Payload of the recorded bases."""
-    sizes = {"F32": 4, "F64": 8}
-    return sum(
-        sizes[dtype] * int(np.prod(shape))
-        for basis in plan.bases.items
-        for dtype, shape in basis.arrays.values()
-    )
 
 
 def _check_files(bases: Bases) -> None:
