@@ -9,6 +9,7 @@ less than :attr:`Mixer.slack` before that rounding, hence by one unit of the sto
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ MIX_ELEMENTS = 1 << 22
 PANEL_ELEMENTS = 1 << 20
 MIXING_BYTES = 160 << 20
 """What a worker needs at most: result and product of 32 MB each, a panel decoded, and bases."""
+# A BLAS has threads of its own: products of several workers at once would only wait for each other.
+_one_product = threading.Lock()
 
 
 def rows_at_a_time(edit: TensorEdit) -> int:
@@ -75,7 +78,9 @@ class Mixer:
             for row in range(0, size, panel):
                 stop = min(row + panel, size)
                 x, before = self._times_out(self.read(group * size + row, group * size + stop), out)
-                result[first - begin : last - begin] += part[:, row:stop] @ x
+                with _one_product:
+                    product = part[:, row:stop] @ x
+                result[first - begin : last - begin] += product
                 self.slack += _rounding(part[:, row:stop], x, before)
         return result
 
@@ -90,7 +95,9 @@ class Mixer:
             return x, 0.0
         blocks = x.reshape(len(x), -1, out.shape[1]).swapaxes(0, 1)
         slack = max(_rounding(block, out[i % len(out)]) for i, block in enumerate(blocks))
-        return np.matmul(blocks, out).swapaxes(0, 1).reshape(len(x), -1), slack
+        with _one_product:
+            product = np.matmul(blocks, out)
+        return product.swapaxes(0, 1).reshape(len(x), -1), slack
 
     def _source_width(self, out: Float | None) -> int:
         width = self.edit.shape[1]

@@ -294,7 +294,10 @@ class _Comparison:
             for name, hasher in hashers.items():
                 recorded = self.records.get(name, {}).get("blake3")
                 if name not in problems and recorded != hasher.hexdigest():
-                    problems[name] = f"{name}: the bytes are right, the recorded digest is not"
+                    right = (
+                        "values are within rounding" if name in self.rounded else "bytes are right"
+                    )
+                    problems[name] = f"{name}: the {right}, the recorded digest is not"
         return list(problems.values())
 
     def _count(self, name: str, num_bytes: int) -> None:
