@@ -6,7 +6,7 @@ eigenvalues.
 
 *Factors.* Of a product B A (D, L)(L, w) with inputs x of second moment 1, the k-term SVD
 U S V^T loses the least, sqrt(sum of the other S^2) in the Frobenius norm. The product is never
-made: with B = Q R_B and A = L_A Q' (QR of each), R_B L_A = U' S V'^T is small (L, L) and has the
+made: with B = Q R_B and A = L_A Q' (as QR has them), R_B L_A = U' S V'^T is small (L, L), has the
 same S, and
 
     into = S^-1/2 U'^T R_B  (k, L)      out = L_A V' S^-1/2  (L, k)
@@ -21,6 +21,8 @@ Directions whose S is rounding (below 1e-14 of the largest) become zeros: the pr
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +30,8 @@ Float = NDArray[np.float64]
 
 # float64 sums of L = 1024 terms are off by about L^1/2 * 2^-53 = 4e-15 of the largest.
 NO_RANK = 1e-14
+# Pivots of a Cholesky decomposition below this share of the largest may be rounding.
+REGULAR = 1e-5
 # A second moment of few tokens has no rank for all directions; so much of its mean is added to
 # each, which keeps ``out`` and ``into`` within 1e2 of each other's inverses in any direction.
 SHRINKAGE = 1e-4
@@ -76,6 +80,16 @@ def factor_pair(
 
 
 def _triangle(matrix: Float) -> Float:
+    """R of a QR decomposition: of the Gram matrix, ten times as fast, where that has full rank.
+
+    ``out into`` is 1 for any R that is regular, so a R that is a little off only moves the optimum,
+    by 2^-53 times the square of the condition number.
+    """
+    if len(matrix) >= matrix.shape[1]:
+        with contextlib.suppress(np.linalg.LinAlgError):
+            root: Float = np.linalg.cholesky(matrix.T @ matrix).T.astype(np.float64, copy=False)
+            if root.diagonal().min(initial=np.inf) > REGULAR * root.diagonal().max(initial=0):
+                return root
     triangle: Float = np.linalg.qr(matrix, mode="r")  # type: ignore[assignment]
     return triangle
 

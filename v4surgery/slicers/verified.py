@@ -9,7 +9,7 @@ CPU needs ten times as long, and verify would wait for that more than for its ow
 
     {"format": 1, "tool": {"name": "v4surgery", "version": "0.1.0"},
      "parent": {"name": "...", "fingerprint": "..."},
-     "tensors": 283, "bytes_compared": 4770000,
+     "tensors": 283, "bytes_compared": 4770000, "rounded": 0,
      "files": {"config.json": "9f...", "model.safetensors": "51...", ...}}
 """
 
@@ -167,5 +167,6 @@ def _record(
         "parent": {"name": parent["name"], "fingerprint": parent["fingerprint"]},
         "tensors": verdict.tensors,
         "bytes_compared": verdict.bytes_compared,
+        "rounded": len(verdict.rounded),
         "files": {name: found.blake3 for name, found in digests.items()},
     }
