@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Before numpy is loaded: matrices are tiny, and several test workers share the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from tests.support import parents
 
 REPOSITORY = Path(__file__).resolve().parents[1]

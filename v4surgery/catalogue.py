@@ -191,6 +191,32 @@ BLOCK_TEMPLATES: tuple[Template, ...] = (
 )
 """Tensors of a layer or a drafter block, named inside it."""
 
+NORM_INPUTS: Mapping[str, tuple[str, ...]] = {
+    "norm": ("head",),
+    "attn_norm": (
+        *("attn.wq_a", "attn.wkv", "attn.compressor.wkv", "attn.compressor.wgate"),
+        *("attn.indexer.weights_proj", "attn.indexer.compressor.wkv"),
+        "attn.indexer.compressor.wgate",
+    ),
+    "ffn_norm": (
+        *("ffn.gate", "ffn.shared_experts.w1", "ffn.shared_experts.w3"),
+        *("ffn.experts.{expert}.w1", "ffn.experts.{expert}.w3"),
+    ),
+    "attn.q_norm": ("attn.wq_b", "attn.indexer.wq_b"),
+    "enorm": ("e_proj",),
+    "hnorm": ("h_proj",),
+}
+"""Norms, each with all linears of its block that read what it gives and nothing else.
+
+Source: spec/forward.md.
+"""
+_NORM_OF = {stem: norm for norm, stems in NORM_INPUTS.items() for stem in stems}
+
+
+def norm_before(template: Template) -> str | None:
+    """Stem, in the same block, of the norm whose weight multiplies every input of a linear."""
+    return _NORM_OF.get(template.stem)
+
 
 @dataclass(frozen=True)
 class Block:

@@ -12,7 +12,7 @@ from v4surgery.config import V4Config
 from v4surgery.errors import CheckpointError
 from v4surgery.presets import variant_name
 from v4surgery.slicers.plan import TRANSFORMS, Plan
-from v4surgery.slicers.transform import WORKER_BYTES
+from v4surgery.slicers.transform import worker_bytes
 
 DIMENSIONS = (
     "num_hidden_layers",
@@ -117,7 +117,7 @@ def summarize_plan(plan: Plan) -> dict[str, Any]:
         "selection_bytes": cost.selection_bytes,
         "bytes_written": cost.bytes_written,
         "files": [shard.file for shard in plan.shards],
-        "bytes_of_memory_per_worker": WORKER_BYTES,
+        "bytes_of_memory_per_worker": worker_bytes(plan),
         "transforms": {
             name: {"tensors": plan.transforms[name], "meaning": meaning}
             for name, meaning in TRANSFORMS.items()

@@ -38,6 +38,14 @@ WAYS: Mapping[str, str] = {
 }
 """What docs say of each `by`; a kind of layer is its compress ratio class and its routing."""
 
+METHODS: Mapping[str, str] = {
+    "select": "Units of the parent, chosen as above. The default.",
+    "pca": "`hidden_size`, `q_lora_rank`: the leading principal components, by rotation; norms are "
+    "absorbed into the weights that follow. `hidden_size` needs `mtp: drop`.",
+    "svd": "`o_lora_rank`: the truncated SVD of each group's `wo_b @ wo_a`.",
+}
+"""What docs say of each `method`."""
+
 SHORT_FORMS = (
     ("hidden_size", "1536"),
     ("hidden_size", "[0, 1, 2, 7]"),
@@ -80,6 +88,12 @@ def recipes_page() -> Iterator[str]:
         "expert that no token went to), the next way of the list chooses, or else the gate's rows "
         "for experts and weight norms for the rest; a note of the plan says so."
     )
+    yield (
+        "Three axes have a free basis and take a `method` instead, which mixes units: "
+        "`hidden_size: {keep: 1536, method: pca}`. See [methods.md](methods.md)."
+    )
+    assert set(get_args(schema.Method)) == set(METHODS)
+    yield table(("`method`", "what is kept"), [(code(m), text) for m, text in METHODS.items()])
     yield "## Short forms"
     yield table(
         ("written", "means"),
@@ -166,6 +180,8 @@ def type_text(path: str, field: Mapping[str, Any]) -> str:
         return "a way to select, or a list of them"
     inner = section_name(field)
     if inner is not None:
+        if issubclass(getattr(schema, inner), schema.BasisPick):
+            return "choice, or method"
         return "choice" if is_choice(inner) else "mapping, see below"
     options = [option for option in field.get("anyOf", [field]) if option.get("type") != "null"]
     return " or ".join(words(option) for option in options)

@@ -38,7 +38,7 @@ def recipe(keep: dict[str, object], **fields: object) -> Recipe:
     return Recipe.model_validate({"name": "replica", "keep": keep, **fields})
 
 
-def load(path: Path, dtype: torch.dtype) -> Loaded:
+def load(path: Path, dtype: torch.dtype | str) -> Loaded:
     model, info = AutoModelForCausalLM.from_pretrained(
         path,
         output_loading_info=True,
@@ -62,7 +62,7 @@ def load_with_drafters_reported(path: Path, dtype: torch.dtype) -> Loaded:
         return load(path, dtype)
 
 
-def load_whole(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_whole(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """A model in which every parameter comes from the files, and no key of theirs is left over."""
     loaded = load(path, dtype)
     assert (loaded.missing, loaded.unexpected, loaded.mismatched) == (set(), set(), set())

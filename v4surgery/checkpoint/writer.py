@@ -112,6 +112,7 @@ def write_checkpoint(
     *,
     plan_id: str,
     workers: int = 2,
+    prepare: Callable[[], None] = lambda: None,
     extra_files: Callable[[WriteResult], Mapping[str, bytes]] = lambda _: {},
     index: bool | None = None,
     progress: Callable[[int], None] | None = None,
@@ -126,6 +127,7 @@ def write_checkpoint(
         plan_id: Identifies the output bytes. ``extra_files`` must put it as ``plan_hash`` into
             ``v4surgery.json``: that is how a finished folder is recognised.
         workers: Threads. They change the speed, not one byte of the result.
+        prepare: Called once the folder is ours, before the first job, unless all is done.
         extra_files: Gets the result so far; gives basename -> content, written in that order.
         index: Whether to write an index; None: if there is more than one shard.
         progress: Called with payload bytes as they are written or found intact, by any worker, by
@@ -153,6 +155,7 @@ def write_checkpoint(
             raise
         with writing(out, run.kept):
             (out / INDEX_FILE).unlink(missing_ok=True)  # it may not stand beside unchecked shards
+        prepare()
         run.work(workers)
         result = run.result()
         extras = dict(extra_files(result))

@@ -96,7 +96,7 @@ def run(
             return
         plan = api.plan(checkpoint, loaded)
         summary = summarize_plan(plan)
-        total = sum(shard.payload_bytes for shard in plan.shards)
+        total = sum(shard.payload_bytes for shard in plan.shards) + plan.bases.nbytes
         began = time.monotonic()
         with progress_bar(total, f"slice {loaded.name}", quiet=quiet) as progress:
             replica = api.slice(

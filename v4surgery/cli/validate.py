@@ -142,7 +142,8 @@ def _show(found: Validation) -> None:
     if found.not_run is not None:
         say(f"the models were not run: {found.not_run}")
     if found.masked is not None:
-        say(f"masked parent: {found.masked.verdict}")
+        whole = found.masked.verdict == "not graded" and found.masked.not_graded
+        say(f"masked parent: {found.masked.verdict}" + (f"; {whole[0]}" if whole else ""))
     setting = found.setting
     say(
         f"{found.verdict}: {found.replica} against {found.parent}, {found.grade}; "

@@ -74,6 +74,7 @@ def run(
                 "bytes_compared": verdict.bytes_compared,
                 "sampled": verdict.sampled,
                 "problems": list(verdict.problems),
+                "rounded": list(verdict.rounded),
                 "record": str(recorded) if recorded else None,
             }
         )
@@ -93,5 +94,14 @@ def run(
         extent = "a sample of " if verdict.sampled else "all "
         say(
             f"{replica}: verified against {source.name}, {extent}{verdict.tensors} tensors, "
-            f"{size(verdict.bytes_compared)} equal"
+            f"{size(verdict.bytes_compared)} equal{_rounding(verdict.rounded)}"
         )
+
+
+def _rounding(rounded: tuple[str, ...]) -> str:
+    if not rounded:
+        return ""
+    return (
+        f", {len(rounded)} of them up to one unit in the last place, where this machine adds the "
+        "sums of another basis in another order"
+    )

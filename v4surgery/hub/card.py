@@ -250,8 +250,10 @@ def _what_it_is(facts: Facts) -> str:
             f"A replica cut from {parent}, a **synthetic** parent: random values in the layout of "
             f"{plain(like)}. It fits tests of loaders, kernels and engines; its text means nothing."
         )
+    how = "some axes in another basis, " if facts.record.get("bases") else ""
     return (
-        f"A replica of {parent}: the parent's own weights with units removed, and nothing trained. "
+        f"A replica of {parent}: the parent's own weights with units removed, {how}and nothing "
+        "trained. "
         "It is a warm start, a test fixture, a scaffold; it is not a chat model."
     )
 
@@ -308,8 +310,8 @@ def _fidelity(facts: Facts) -> Iterator[str]:
         yield (
             f"Bytes: verified. All {verified['tensors']:,} tensors, "
             f"{verified['bytes_compared']:,} bytes, were computed again from the parent and are "
-            f"equal (v4surgery {plain(verified['tool']['version'])}); `verified.json` has the "
-            "BLAKE3 digest of every file."
+            f"equal{_up_to_rounding(verified)} (v4surgery {plain(verified['tool']['version'])}); "
+            "`verified.json` has the BLAKE3 digest of every file."
         )
     else:
         yield "Bytes: not verified against the parent yet."
@@ -329,6 +331,11 @@ def _fidelity(facts: Facts) -> Iterator[str]:
     figures = ", ".join(f"{name} {value:.4g}" for name, value in validation["summary"].items())
     verdict = "passed" if validation["verdict"] == "pass" else "**failed**"
     yield f"Behaviour ({plain(validation['grade'])}): validation {verdict}; {plain(figures)}."
+
+
+def _up_to_rounding(verified: Mapping[str, Any]) -> str:
+    rounded = verified.get("rounded", 0)
+    return f", {rounded:,} of them up to one unit in the last place" if rounded else ""
 
 
 def _provenance(facts: Facts) -> str:

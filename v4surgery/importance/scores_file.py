@@ -93,6 +93,22 @@ class ScoresFile:
                 hint=f"v4surgery score {parent.name} --prompts FILE --out SCORES",
             )
 
+    def require_shape(self, key: str, shape: tuple[int, ...]) -> None:
+        """Raise PlanError if a tensor that is there has another shape; reads no values."""
+        if key in self.keys:
+            given = self._file.get_slice(key).get_shape()
+            if tuple(given) != shape:
+                raise self._unfit(key, f"shape {list(given)}", shape)
+
+    def _unfit(self, key: str, value: str, shape: tuple[int, ...]) -> PlanError:
+        size = " x ".join(map(str, shape))
+        return PlanError(
+            "the scores do not fit the parent",
+            where=f"{self.path}: {key}",
+            value=value,
+            rule=f"{size} finite numbers",
+        )
+
     def array(self, key: str, shape: tuple[int, ...]) -> NDArray[np.floating[Any]]:
         """One vector or matrix, in its own dtype.
 
@@ -101,6 +117,7 @@ class ScoresFile:
         """
         from safetensors import SafetensorError
 
+        self.require_shape(key, shape)
         try:
             values = self._file.get_tensor(key)
         except (SafetensorError, OSError, TypeError) as error:  # TypeError: no dtype of numpy's
@@ -110,14 +127,8 @@ class ScoresFile:
                 value=str(error),
                 rule="a float32 or float64 vector for each score, axis and place",
             ) from None
-        if values.shape != shape or values.dtype.kind != "f" or not np.isfinite(values).all():
-            size = " x ".join(map(str, shape))
-            raise PlanError(
-                "the scores do not fit the parent",
-                where=f"{self.path}: {key}",
-                value=f"{values.dtype}, shape {list(values.shape)}",
-                rule=f"{size} finite numbers",
-            )
+        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise self._unfit(key, f"{values.dtype}, shape {list(values.shape)}", shape)
         result: NDArray[np.floating[Any]] = values
         return result
 

@@ -36,16 +36,21 @@ from v4surgery.recipes._section import (
 
 __all__ = [
     "ActivationPick",
+    "BasisPick",
     "By",
     "Choice",
     "ContributionPick",
     "EnergyPick",
     "Experts",
+    "FactorPick",
     "FrequencyPick",
+    "HiddenPick",
     "IndexDims",
     "Layers",
     "LayersBy",
+    "Method",
     "Pick",
+    "RankPick",
     "Way",
     "is_score",
     "listed_ways",
@@ -65,6 +70,7 @@ By = Literal[
     "activation",
     "energy",
 ]
+Method = Literal["select", "pca", "svd"]
 LayersBy = Literal["even", "first", "kinds", "ids", "random", "norm", "scores", "influence"]
 Way = str | tuple[str, ...]
 """One way to choose, or several: the first that the scores file has what it needs for."""
@@ -242,6 +248,62 @@ class FrequencyPick(Pick):
     """A choice among token ids: `frequency` scores them."""
 
     scored: ClassVar[tuple[str, ...]] = ("frequency",)
+
+
+class BasisPick(Pick):
+    """A choice on an axis whose basis is free: some units, or as many of the best directions."""
+
+    other_method: ClassVar[Method] = "pca"
+    choosing_keys: ClassVar[tuple[str, ...]] = ("by", "ids", "seed", "block")
+
+    method: Method = Field(
+        default="select",
+        description="Units of the parent (select), or another basis, all of which stays exact "
+        "where nothing is dropped: principal components (pca, of hidden_size and q_lora_rank), "
+        "truncated SVD of each group's wo_b @ wo_a (svd, of o_lora_rank). See docs/methods.md.",
+    )
+
+    @classmethod
+    def _completed(cls, written: dict[Any, Any]) -> dict[Any, Any]:
+        method = written.get("method", "select")
+        useless = [key for key in cls.choosing_keys if key in written]
+        if method in ("pca", "svd") and useless:
+            raise broken_rule(
+                "`{key}` chooses units, and `method: {method}` mixes all of them: leave one out",
+                key=useless[0],
+                method=method,
+            )
+        return super()._completed(written)
+
+    @field_validator("method")
+    @classmethod
+    def _fits_the_axis(cls, method: Method) -> Method:
+        if method not in ("select", cls.other_method):
+            raise broken_rule(
+                "`{method}` is not for this axis, which takes select or {other}: pca is for "
+                "hidden_size and q_lora_rank, svd for o_lora_rank",
+                method=method,
+                other=cls.other_method,
+            )
+        return method
+
+
+class HiddenPick(BasisPick):
+    """The same on hidden_size: `energy` scores its channels."""
+
+    scored: ClassVar[tuple[str, ...]] = ("energy",)
+
+
+class RankPick(BasisPick):
+    """The same on q_lora_rank: `activation` scores its units."""
+
+    scored: ClassVar[tuple[str, ...]] = ("activation",)
+
+
+class FactorPick(RankPick):
+    """The same on o_lora_rank, whose two sides are factors of one product."""
+
+    other_method: ClassVar[Method] = "svd"
 
 
 class IndexDims(Choice):

@@ -12,16 +12,21 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from v4surgery.recipes._choices import (
     ActivationPick,
+    BasisPick,
     By,
     Choice,
     ContributionPick,
     EnergyPick,
     Experts,
+    FactorPick,
     FrequencyPick,
+    HiddenPick,
     IndexDims,
     Layers,
     LayersBy,
+    Method,
     Pick,
+    RankPick,
     is_score,
     listed_ways,
 )
@@ -40,10 +45,12 @@ from v4surgery.recipes._section import (
 
 __all__ = [
     "EXTENDS_DESCRIPTION",
+    "BasisPick",
     "By",
     "Choice",
     "ConfigChanges",
     "Experts",
+    "FactorPick",
     "HeadDim",
     "Heads",
     "IndexDims",
@@ -51,6 +58,7 @@ __all__ = [
     "Keep",
     "Layers",
     "LayersBy",
+    "Method",
     "Pick",
     "Recipe",
     "Section",
@@ -115,7 +123,7 @@ class Keep(Section):
     """What the replica keeps. An axis that is not named is kept whole."""
 
     layers: Layers | None = Field(default=None, description="The kept layers and their kinds.")
-    hidden_size: EnergyPick | None = Field(
+    hidden_size: HiddenPick | None = Field(
         default=None, description="The kept channels of the hidden state."
     )
     hc_mult: EnergyPick | None = Field(default=None, description="The kept residual streams.")
@@ -132,10 +140,10 @@ class Keep(Section):
     head_dim: HeadDim | None = Field(
         default=None, description="The kept dims of every attention head."
     )
-    q_lora_rank: ActivationPick | None = Field(
+    q_lora_rank: RankPick | None = Field(
         default=None, description="The kept ranks of the query bottleneck."
     )
-    o_lora_rank: ActivationPick | None = Field(
+    o_lora_rank: FactorPick | None = Field(
         default=None, description="The kept ranks of every group's output bottleneck."
     )
     indexer: Indexer | None = Field(
@@ -169,7 +177,7 @@ class ConfigChanges(Section):
 class Store(Section):
     """How the replica's tensors are written."""
 
-    dtype: Literal["native", "bf16", "fp8"] = Field(
+    dtype: Literal["native", "bf16", "fp8", "f32"] = Field(
         default="bf16",
         description="Format of the weights that the parent stores as FP4, FP8 or BF16.",
     )

@@ -11,10 +11,12 @@ from typing import Any
 from v4surgery.catalogue import I64
 from v4surgery.checkpoint.writer import Job, WriteResult, write_checkpoint
 from v4surgery.recipes import dump_recipe
+from v4surgery.slicers.basis_file import BasisFile
 from v4surgery.slicers.decoding import Decoder, find_decoder
 from v4surgery.slicers.lineage import describe_parent
-from v4surgery.slicers.plan import RANDOM, REMAP, REQUANTIZE, Plan, TensorEdit
-from v4surgery.slicers.transform import WORKER_BYTES, EditJob
+from v4surgery.slicers.plan import RANDOM, REMAP, Plan, TensorEdit
+from v4surgery.slicers.prepare import prepare_bases
+from v4surgery.slicers.transform import EditJob, worker_bytes
 from v4surgery.slicers.vocabulary import cut_companions
 from v4surgery.summary import parameters
 from v4surgery.synth import RandomJob
@@ -44,15 +46,23 @@ class Replica:
     report: Mapping[str, Any]
 
 
-def make_jobs(plan: Plan, device: str = "cpu") -> list[EditJob | RandomJob]:
-    """A job of the writer for every edit; see :func:`find_decoder` for ``device``."""
+def make_jobs(
+    plan: Plan, device: str = "cpu", bases: BasisFile | None = None
+) -> list[EditJob | RandomJob]:
+    """A job of the writer for every edit; see :func:`find_decoder` for ``device``.
+
+    Jobs of a plan with bases need the recorded ones before they compute: ``bases`` here, or in
+    their attribute later.
+    """
     decoder = find_decoder(device)
-    return [_job(plan, edit, decoder) for edit in plan.edits]
+    return [_job(plan, edit, decoder, bases) for edit in plan.edits]
 
 
-def _job(plan: Plan, edit: TensorEdit, decoder: Decoder) -> EditJob | RandomJob:
+def _job(
+    plan: Plan, edit: TensorEdit, decoder: Decoder, bases: BasisFile | None
+) -> EditJob | RandomJob:
     if edit.transform != RANDOM:
-        return EditJob(plan.parent, edit, plan.recipe.store.nonfinite, decoder)
+        return EditJob(plan.parent, edit, plan.recipe.store.nonfinite, decoder, bases)
     return RandomJob(
         edit.target,
         edit.shape,
@@ -89,12 +99,21 @@ def slice_plan(
     """
     jobs: list[EditJob | RandomJob] = make_jobs(plan, device)
     companions = companion_files(plan)
+    bases: BasisFile | None = None
+
+    def prepare() -> None:
+        nonlocal bases
+        if plan.bases:
+            bases = prepare_bases(plan, out, progress)
+            for job in jobs:
+                if isinstance(job, EditJob):
+                    job.bases = bases
 
     def extra_files(result: WriteResult) -> dict[str, bytes]:
         plan.parent.source.check_unchanged()
-        return companions | _own_files(plan, result, measure(plan, jobs))
+        return companions | _own_files(plan, result, measure(plan, jobs), bases)
 
-    workers = max(min(workers, memory_bytes // WORKER_BYTES), 1)
+    workers = max(min(workers, memory_bytes // worker_bytes(plan)), 1)
     plan.parent.source.will_read(long_spans(plan), workers)
     writer_jobs: list[Job] = list(jobs)
     written = write_checkpoint(
@@ -103,6 +122,7 @@ def slice_plan(
         writer_jobs,
         plan_id=plan.plan_hash,
         workers=workers,
+        prepare=prepare,
         extra_files=extra_files,
         progress=progress,
         cancel=plan.parent.source.cancel,
@@ -115,9 +135,10 @@ def slice_plan(
 
 
 def long_spans(plan: Plan) -> Iterator[tuple[str, int, int]]:
-    """Tensors that are read whole, and in more than one piece."""
+    """Tensors that are read whole, once, and in more than one piece."""
     for edit in plan.edits:
-        if edit.source is not None and edit.rows is None and edit.transform != RANDOM:
+        is_read = edit.source is not None and edit.transform != RANDOM and edit.passes == 1
+        if is_read and edit.source is not None and edit.rows is None:
             ref = edit.source.weight
             if ref.end - ref.begin > LONG_BYTES:
                 yield ref.file, ref.begin, ref.end
@@ -128,7 +149,7 @@ def measure(plan: Plan, jobs: list[EditJob | RandomJob]) -> dict[str, Any]:
     requantized, tables, nonfinite = {}, {}, {}
     for edit, job in zip(plan.edits, jobs, strict=True):
         state = job.state
-        if edit.transform == REQUANTIZE:
+        if "num_changed" in state:
             requantized[edit.target.stem] = _requantization(state)
         elif edit.transform == REMAP:
             tables[edit.target.stem] = state["tokens_by_lost_experts"]
@@ -176,8 +197,12 @@ def companion_files(plan: Plan) -> dict[str, bytes]:
     return files
 
 
-def _own_files(plan: Plan, result: WriteResult, report: Mapping[str, Any]) -> dict[str, bytes]:
+def _own_files(
+    plan: Plan, result: WriteResult, report: Mapping[str, Any], bases: BasisFile | None
+) -> dict[str, bytes]:
     provenance = provenance_of(plan, result.digests, report)
+    if bases is not None:
+        provenance["bases"] = bases.to_json()
     config = json.dumps(plan.config.to_dict(), indent=2) + "\n"
     return {
         RECIPE_FILE: dump_recipe(plan.recorded_recipe).encode(),
@@ -201,6 +226,8 @@ def provenance_of(
                 item["from"] = source.entry.stem
                 if part is not None:
                     item["range"] = [part.file, part.begin, part.end]
+            if edit.mix is not None:
+                item |= edit.mix.to_json()
             tensors[output.name] = item
     counted = [edit for edit in plan.edits if edit.target.template.storage != I64]
     return {

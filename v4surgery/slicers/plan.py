@@ -34,6 +34,7 @@ from v4surgery.catalogue import (
     file_group,
     stored_tensors,
 )
+from v4surgery.checkpoint.header import build_header
 from v4surgery.checkpoint.layout import OutputTensor, ShardLayout, pack
 from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Checkpoint, row_segments
@@ -41,7 +42,16 @@ from v4surgery.config import V4Config
 from v4surgery.errors import PlanError
 from v4surgery.formats import FP4_GROUP, FP8_BLOCK
 from v4surgery.recipes.schema import Recipe
+from v4surgery.slicers.bases import (
+    Bases,
+    Mix,
+    basis_notes,
+    bytes_for_bases,
+    mix_of,
+    plan_bases,
+)
 from v4surgery.slicers.hash_table import HashRemap, plan_remap
+from v4surgery.slicers.mixing import rows_at_a_time
 from v4surgery.slicers.select import Selected, restore, select, target_format
 from v4surgery.slicers.selection import BlockSelection, IntArray, Kept, Selections
 from v4surgery.version import __version__
@@ -57,14 +67,18 @@ COPY, GATHER, DEQUANTIZE, REQUANTIZE, SCALE, REMAP, INTERPOLATE, ZERO, RANDOM = 
     "zero",
     "random",
 )
+FOLD, ROTATE, FACTOR = "fold", "rotate", "factor"
 TRANSFORMS: Mapping[str, str] = {
     COPY: "the parent's bytes, whole",
     GATHER: "the parent's bytes, some rows and columns (whole blocks where quantized)",
-    DEQUANTIZE: "decoded to bf16 (exact, unless the scales are arbitrary F32)",
+    DEQUANTIZE: "decoded to bf16 or f32 (exact, unless the scales are arbitrary F32)",
     REQUANTIZE: "decoded, cut and quantized again (the error is measured and reported)",
     SCALE: "multiplied by the factor of `compensate`, rounded once",
     REMAP: "hash table rows with removed experts replaced",
     INTERPOLATE: "ape rows interpolated to another ratio",
+    FOLD: "ones (times the factor of `compensate`): absorbed into the weights that follow",
+    ROTATE: "in a rotated basis, norms absorbed, rounded once",
+    FACTOR: "a factor of the truncated SVD of wo_b @ wo_a, rounded once",
     ZERO: "zeros (a gate bias that the parent does not have)",
     RANDOM: "random initialisation",
 }
@@ -87,6 +101,7 @@ class TensorEdit:
         factor: What ``compensate`` multiplies the values with.
         remap: For hash tables.
         outputs: The stored tensors: the weight, then its scale.
+        mix: What happens to axes that are mixed; None where units are picked.
     """
 
     target: Entry
@@ -99,11 +114,19 @@ class TensorEdit:
     factor: float
     remap: HashRemap | None
     outputs: tuple[StoredTensor, ...]
+    mix: Mix | None = None
 
     @property
     def row_slices(self) -> slice | IntArray:
         assert self.source is not None
         return slice(0, self.source.weight.shape[0]) if self.rows is None else self.rows
+
+    @property
+    def passes(self) -> int:
+        """How often the source is read."""
+        if self.mix is None or self.mix.rows is None or self.transform == FOLD:
+            return 1
+        return -(-self.shape[0] // rows_at_a_time(self))
 
     @property
     def nbytes(self) -> int:
@@ -132,6 +155,7 @@ class Plan:
     notes: tuple[str, ...]
     selection_bytes: int
     catalogue: Catalogue = field(repr=False)
+    bases: Bases = field(default_factory=Bases)
 
     @cached_property
     def plan_hash(self) -> str:
@@ -148,6 +172,8 @@ class Plan:
             "selections": self.selections.to_json(),
             "shards": [shard.file for shard in self.shards],
         }
+        if self.bases:
+            content["bases"] = self.bases.to_json()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -191,12 +217,20 @@ class Plan:
             else:
                 count, size = seen[key] = row_segments(edit.rows, ref, gap)
             scale = edit.source.scale
-            requests += count + (scale is not None)
-            bytes_read += size
+            requests += (count + (scale is not None)) * edit.passes
+            bytes_read += size * edit.passes
             if scale is not None:
-                bytes_read += (scale.end - scale.begin) * size // max(ref.end - ref.begin, 1)
+                part = (scale.end - scale.begin) * size // max(ref.end - ref.begin, 1)
+                bytes_read += part * edit.passes
         written = sum(shard.total_bytes for shard in self.shards)
+        written += len(self.basis_header) + self.bases.nbytes
         return Cost(bytes_read, requests, written, self.selection_bytes)
+
+    @cached_property
+    def basis_header(self) -> bytes:
+        """Everything of the file of bases before its data; nothing where there are none."""
+        entries = [(n, *array) for basis in self.bases.items for n, array in basis.arrays.items()]
+        return build_header(entries, {"plan_hash": self.plan_hash}) if entries else b""
 
     @cached_property
     def transforms(self) -> Counter[str]:
@@ -212,7 +246,8 @@ class Plan:
                 and edit.source is not None
                 and edit.source.fmt == "FP8_F32"
             )
-            if edit.transform in (REQUANTIZE, SCALE, INTERPOLATE) or arbitrary_scale:
+            rounds = edit.transform in (REQUANTIZE, SCALE, INTERPOLATE, ROTATE, FACTOR)
+            if rounds or arbitrary_scale:
                 found.setdefault(edit.transform, []).append(edit.target.stem)
         return found
 
@@ -228,12 +263,24 @@ def make_plan(parent: Checkpoint, recipe: Recipe) -> Plan:
     return plan_selected(parent, resolved, selected)
 
 
-def plan_selected(parent: Checkpoint, recipe: Recipe, selected: Selected) -> Plan:
-    """Plan a replica whose choices have been made already (by a recipe, or on record)."""
+def plan_selected(
+    parent: Checkpoint,
+    recipe: Recipe,
+    selected: Selected,
+    record: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Plan a replica whose choices have been made already (by a recipe, or on ``record``)."""
     catalogue = Catalogue(selected.config, optional=parent.catalogue.optional)
-    planner = _Planner(parent, recipe, catalogue, selected.selections)
+    known = None if record is None else record.get("bases", {}).get("of", {})
+    bases = plan_bases(parent, recipe, selected.config, selected.selections, known)
+    planner = _Planner(parent, recipe, catalogue, selected.selections, bases)
     edits = tuple(planner.edits())
-    notes = (*selected.notes, *planner.notes, *_partial_block_notes(edits))
+    notes = (
+        *selected.notes,
+        *planner.notes,
+        *basis_notes(bases, compensate=recipe.compensate),
+        *_partial_block_notes(edits),
+    )
     return Plan(
         parent,
         recipe,
@@ -241,8 +288,9 @@ def plan_selected(parent: Checkpoint, recipe: Recipe, selected: Selected) -> Pla
         selected.selections,
         edits,
         notes,
-        selected.bytes_read,
+        selected.bytes_read + bytes_for_bases(parent, bases, selected.selections),
         catalogue,
+        bases,
     )
 
 
@@ -267,9 +315,14 @@ class _Planner:
     """Multiplies selections through the catalogue; indices are computed once per block and axis."""
 
     def __init__(
-        self, parent: Checkpoint, recipe: Recipe, catalogue: Catalogue, selections: Selections
+        self,
+        parent: Checkpoint,
+        recipe: Recipe,
+        catalogue: Catalogue,
+        selections: Selections,
+        bases: Bases,
     ) -> None:
-        self.parent, self.recipe, self.catalogue = parent, recipe, catalogue
+        self.parent, self.recipe, self.catalogue, self.bases = parent, recipe, catalogue, bases
         self.model = selections.model
         self.by_target = {block.target.prefix: block for block in selections.blocks}
         self.notes: list[str] = []
@@ -278,8 +331,9 @@ class _Planner:
         if recipe.compensate:
             self.notes.append(
                 "compensate: norm weights and mHC projections take sqrt(units before / units "
-                "after); rms_norm_eps, the softmax over fewer keys and top-K routing cannot be "
-                "folded into weights"
+                "after), times the root of the energy kept where a basis says it; the norm of a "
+                "query head and the softmax scale cancel each other; rms_norm_eps, the softmax "
+                "over fewer keys and top-K routing cannot be folded into weights"
             )
 
     def edits(self) -> Iterator[TensorEdit]:
@@ -302,7 +356,8 @@ class _Planner:
         rows, cols = self._indices_of(entry, source, selection)
         factor = self._factor(entry, selection)
         remap = self._remap(selection) if template.storage == I64 else None
-        transform = self._transform(entry, source, fmt, rows, cols, shape, factor, remap)
+        mix = mix_of(self.bases, entry, selection, self.parent, compensate=self.recipe.compensate)
+        transform = self._transform(entry, source, fmt, rows, cols, shape, factor, remap, mix)
         if fmt == FP4 and shape[-1] % FP4_GROUP:
             raise PlanError(
                 "FP4 cannot store this width",
@@ -312,7 +367,9 @@ class _Planner:
                 hint="choose another size, or store: {dtype: bf16}",
             )
         outputs = stored_tensors(entry, shape, fmt)
-        return TensorEdit(entry, source, transform, fmt, shape, rows, cols, factor, remap, outputs)
+        return TensorEdit(
+            entry, source, transform, fmt, shape, rows, cols, factor, remap, outputs, mix
+        )
 
     def _source(self, entry: Entry, selection: BlockSelection | None) -> StoredTensorRef | None:
         expert = entry.expert
@@ -391,7 +448,10 @@ class _Planner:
         shape: tuple[int, ...],
         factor: float,
         remap: HashRemap | None,
+        mix: Mix | None,
     ) -> str:
+        if mix is not None:
+            return FOLD if len(shape) == 1 else FACTOR if mix.is_factored else ROTATE
         parent_shape = self.parent.catalogue.shape(source.entry)
         if remap is not None:
             return REMAP
@@ -450,4 +510,4 @@ def _is_aligned(units: IntArray | None, size: int, block: int) -> bool:
 def replay(parent: Checkpoint, recipe: Recipe, record: Mapping[str, Any]) -> Plan:
     """The plan of a finished replica, from its record instead of making the choices again."""
     selected = restore(parent, recipe, record["selections"], tuple(record["notes"]))
-    return plan_selected(parent, recipe, selected)
+    return plan_selected(parent, recipe, selected, record)

@@ -11,9 +11,11 @@ import numpy as np
 from v4surgery.catalogue import (
     BF16,
     EXPERT,
+    F32,
     FP4,
     FP8,
     FP8_F32,
+    I64,
     LINEAR,
     QUANTIZED,
     Block,
@@ -25,7 +27,7 @@ from v4surgery.config import HCA, QUANTIZATION_CONFIG, V4Config, attention_kind
 from v4surgery.errors import PlanError
 from v4surgery.importance.names import SCORE_NAMES
 from v4surgery.importance.scorebook import ScoreBook, neuron_dim
-from v4surgery.recipes.schema import Choice, Heads, Keep, Recipe
+from v4surgery.recipes.schema import BasisPick, Choice, Heads, Keep, Recipe
 from v4surgery.slicers.compress_ratios import choose_ape_rows
 from v4surgery.slicers.drafters import remap_targets
 from v4surgery.slicers.heads import choose_heads, choose_in_groups
@@ -36,6 +38,11 @@ from v4surgery.slicers.selection import BlockSelection, IntArray, Kept, Selectio
 from v4surgery.slicers.vocabulary import choose_vocabulary, load_tokenizer, new_token_id
 
 SAME_EVERYWHERE = ("first", "even", "ids")
+
+
+def selecting(choice: BasisPick | None) -> BasisPick | None:
+    """The choice if it selects units; None where another method leaves the dim whole."""
+    return choice if choice is not None and choice.method == "select" else None
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,9 @@ def _model_dims(parent: Checkpoint, recipe: Recipe, book: ScoreBook, rope: RopeC
     if keep.vocab_size is not None and "tokenizer.json" in parent.companions():
         tokenizer = load_tokenizer(parent.read_file("tokenizer.json"), "tokenizer.json")
     return {
-        "hidden_size": pick(keep.hidden_size, "hidden_size", config.hidden_size, "hidden_size"),
+        "hidden_size": pick(
+            selecting(keep.hidden_size), "hidden_size", config.hidden_size, "hidden_size"
+        ),
         "streams": pick(keep.hc_mult, "streams", config.hc_mult, "hc_mult"),
         "vocab_size": choose_vocabulary(
             book.settle(keep.vocab_size, "vocab_size", None),
@@ -165,9 +174,11 @@ def _block_dims(
     nope = keep.head_dim.nope if keep.head_dim else None
     kept |= {
         "nope": pick(nope, "nope", config.nope_head_dim, "head_dim.nope"),
-        "q_lora_rank": pick(keep.q_lora_rank, "q_lora_rank", config.q_lora_rank, "q_lora_rank"),
+        "q_lora_rank": pick(
+            selecting(keep.q_lora_rank), "q_lora_rank", config.q_lora_rank, "q_lora_rank"
+        ),
         "o_lora_rank": choose_in_groups(
-            book.settle(keep.o_lora_rank, "o_groups*o_lora_rank", source),
+            book.settle(selecting(keep.o_lora_rank), "o_groups*o_lora_rank", source),
             config.o_lora_rank,
             np.arange(config.o_groups) if groups is None else groups,
             field="keep.o_lora_rank",
@@ -359,6 +370,8 @@ def _drafter_fields(
 
 def target_format(template: Template, parent_format: str, dtype: str) -> str:
     """Format of a replica tensor: the parent's, or what ``store.dtype`` makes of it."""
+    if dtype == "f32":
+        return parent_format if template.storage == I64 else F32
     if template.storage in (LINEAR, EXPERT):
         if dtype == "bf16":
             return BF16
@@ -377,6 +390,10 @@ def _storage_fields(parent: Checkpoint, recipe: Recipe) -> dict[str, Any]:
             formats[template.storage].add(target_format(template, stored.fmt, recipe.store.dtype))
     if recipe.init == "random":
         return {"expert_dtype": None, "quantization_config": None}
+    if recipe.store.dtype == "f32":
+        own = parent.config.extra
+        extra = {**own, "torch_dtype": "float32"} | ({"dtype": "float32"} if "dtype" in own else {})
+        return {"expert_dtype": None, "quantization_config": None, "extra": extra}
     if not (formats[LINEAR] | formats[EXPERT]) & QUANTIZED:
         return {"expert_dtype": None, "quantization_config": None}
     names: Mapping[str, str] = {FP4: "fp4", FP8: "fp8", FP8_F32: "fp8"}

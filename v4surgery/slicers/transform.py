@@ -19,15 +19,19 @@ from v4surgery.checkpoint.layout import OutputTensor, row_offsets
 from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import NUMPY_DTYPE, Checkpoint, decode
 from v4surgery.errors import V4SurgeryError
+from v4surgery.slicers.basis_file import BasisFile
 from v4surgery.slicers.compress_ratios import interpolate_rows
 from v4surgery.slicers.decoding import Decoder, host_decoder
 from v4surgery.slicers.hash_table import HashRemap, similarity_rank
+from v4surgery.slicers.mixing import MIXING_BYTES, Mixer, kept_factor, rows_at_a_time
 from v4surgery.slicers.plan import (
     COPY,
+    FOLD,
     GATHER,
     INTERPOLATE,
     REMAP,
     ZERO,
+    Plan,
     TensorEdit,
 )
 from v4surgery.slicers.selection import IntArray
@@ -37,6 +41,12 @@ CHUNK_ELEMENTS = 1 << 20
 """Values decoded at a time: about 24 MB of temporaries a worker."""
 WORKER_BYTES = 40 << 20
 """What one worker needs at most; the memory budget divided by it bounds the workers."""
+
+
+def worker_bytes(plan: Plan) -> int:
+    """What one worker of a plan needs at most."""
+    return MIXING_BYTES if plan.bases else WORKER_BYTES
+
 
 Buffers = Sequence[NDArray[Any] | memoryview | None]
 _scratch = threading.local()
@@ -50,7 +60,8 @@ class EditJob:
     """One edit as a job of the writer; see :class:`v4surgery.checkpoint.writer.Job`.
 
     ``state`` counts what a report needs: it is journaled with every chunk and restored on resume,
-    so that a resumed run writes the same report.
+    so that a resumed run writes the same report. ``bases`` are the recorded ones, where the edit
+    mixes; ``slack`` says how far two machines may be apart in what was computed last.
     """
 
     hole = False
@@ -61,12 +72,15 @@ class EditJob:
         edit: TensorEdit,
         nonfinite: str,
         decoder: Decoder = host_decoder,
+        bases: BasisFile | None = None,
     ) -> None:
         self.parent, self.edit, self.nonfinite = parent, edit, nonfinite
+        self.bases = bases
         self._decoder = decoder
         self.outputs = tuple(OutputTensor(*output) for output in edit.outputs)
         self.state: dict[str, Any] = {}
         self._remap: HashRemap | None = None
+        self.slack = 0.0
         if edit.transform == COPY:
             assert edit.source is not None
             self.num_chunks = max(-(-self.outputs[0].nbytes // COPY_BYTES), 1)
@@ -88,8 +102,15 @@ class EditJob:
             return (chunk * COPY_BYTES, 0)[: len(self.outputs)]
         return row_offsets(self.outputs, chunk * self._step)
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether values are sums, which other machines may add up in another order."""
+        return self.edit.mix is not None and self.edit.transform != FOLD
+
     def _rows_per_chunk(self) -> int:
         edit = self.edit
+        if self.is_mixed and edit.mix is not None and edit.mix.rows is not None:
+            return rows_at_a_time(edit)
         width = edit.shape[1] if len(edit.shape) == 2 else 1
         if edit.source is not None:
             width = max(width, edit.source.weight.row_bytes)
@@ -132,6 +153,8 @@ class EditJob:
             dtype = NUMPY_DTYPE[edit.outputs[0].dtype]
             return (np.zeros((end - begin, *edit.shape[1:]), dtype=dtype),)
         assert edit.source is not None
+        if edit.mix is not None:
+            return self._mixed(edit.source, begin, end)
         if edit.transform == REMAP:
             return (self._remap_rows(edit.source, begin, end),)
         if edit.transform == INTERPOLATE:
@@ -142,8 +165,32 @@ class EditJob:
             return self._requantize(edit.source, begin, end)
         return (self._to_plain(edit.source, begin, end),)
 
+    def _mixed(self, source: StoredTensorRef, begin: int, end: int) -> Buffers:
+        """Rows in another basis, or (a norm that was absorbed) ones."""
+        edit, bases = self.edit, self.bases
+        assert bases is not None, edit.target.stem
+        if edit.transform == FOLD:
+            ones = np.full(end - begin, edit.factor * kept_factor(edit, bases), np.float32)
+            return (_narrowed(ones, edit.fmt),)
+
+        def read(first: int, last: int) -> NDArray[np.float32]:
+            return np.concatenate(
+                [
+                    decode(source.fmt, *self.parent.read_codes(source, rows, cols), "f32")
+                    for rows, cols in self._pieces(first, last)
+                ]
+            )
+
+        mixer = Mixer(self.parent, edit, bases, read)
+        values = mixer.rows(begin, end).astype(np.float32)
+        self.slack = mixer.slack
+        self._check_finite(~np.isfinite(values))
+        if edit.fmt in QUANTIZED:
+            return self._quantized(values)
+        return (_narrowed(values, edit.fmt),)
+
     def _pieces(self, begin: int, end: int) -> list[tuple[slice | IntArray, IntArray | None]]:
-        """Parent rows and columns of some replica rows: one piece, or one for each group met."""
+        """Parent rows and columns of some picked rows: one piece, or one for each group met."""
         edit = self.edit
         rows = edit.rows
 
@@ -152,7 +199,9 @@ class EditJob:
 
         if edit.cols is None or edit.cols.ndim == 1:
             return [(source_rows(begin, end), edit.cols)]
-        per_group = edit.shape[0] // len(edit.cols)
+        assert edit.source is not None
+        picked = edit.source.weight.shape[0] if rows is None else len(rows)
+        per_group = picked // len(edit.cols)
         pieces = []
         while begin < end:
             group = begin // per_group
@@ -206,14 +255,22 @@ class EditJob:
                 scale_parts.append(np.broadcast_to(scales, codes.shape))
         values = np.concatenate(parts) if len(parts) > 1 else parts[0]
         self._check_finite(~np.isfinite(values))
+        if edit.fmt == FP8_F32 and source.fmt == FP8_F32:
+            return self._quantized(values, _largest_scales(np.concatenate(scale_parts)))
+        return self._quantized(values)
+
+    def _quantized(
+        self, values: NDArray[np.float32], block_scales: NDArray[np.float32] | None = None
+    ) -> Buffers:
+        """Codes and scales of values; what that loses is counted."""
+        edit = self.edit
         if edit.fmt == FP4:
             packed, scale = formats.quantize_fp4(values)
             group = np.repeat(scale, formats.FP4_GROUP, axis=1)
             again = formats.decode_fp4(formats.unpack_fp4(packed), group, "f32")
             self._count(values, again)
             return packed, scale
-        if edit.fmt == FP8_F32 and source.fmt == FP8_F32:
-            block_scales = _largest_scales(np.concatenate(scale_parts))
+        if block_scales is not None:
             code8, scale8 = formats.quantize_fp8(values, "F32", block_scales)
         else:
             dtype = "F32" if edit.fmt == FP8_F32 else "F8_E8M0"

@@ -9,7 +9,7 @@ CPU needs ten times as long, and verify would wait for that more than for its ow
 
     {"format": 1, "tool": {"name": "v4surgery", "version": "0.1.0"},
      "parent": {"name": "...", "fingerprint": "..."},
-     "tensors": 283, "bytes_compared": 4770000,
+     "tensors": 283, "bytes_compared": 4770000, "rounded": 0,
      "files": {"config.json": "9f...", "model.safetensors": "51...", ...}}
 """
 
@@ -32,6 +32,7 @@ from v4surgery.checkpoint.reader import CONFIG_FILE, Checkpoint
 from v4surgery.checkpoint.shard import PART
 from v4surgery.checkpoint.source import Source
 from v4surgery.slicers.apply import PROVENANCE_FILE, RECIPE_FILE
+from v4surgery.slicers.basis_file import BASES_FILE
 from v4surgery.slicers.verify import Verification, read_provenance
 from v4surgery.version import __version__
 
@@ -43,7 +44,8 @@ _READ_BYTES = 4 << 20
 def replica_files(replica: Checkpoint) -> list[str]:
     """Basenames of what ``slice`` wrote, in the order of a listing; nothing else in the folder."""
     names = set(replica.source.list_files())
-    own = {CONFIG_FILE, INDEX_FILE, RECIPE_FILE, PROVENANCE_FILE, *replica.companions()}
+    own = {CONFIG_FILE, INDEX_FILE, RECIPE_FILE, PROVENANCE_FILE, BASES_FILE}
+    own |= set(replica.companions())
     return sorted((own & names) | set(replica.files))
 
 
@@ -165,5 +167,6 @@ def _record(
         "parent": {"name": parent["name"], "fingerprint": parent["fingerprint"]},
         "tensors": verdict.tensors,
         "bytes_compared": verdict.bytes_compared,
+        "rounded": len(verdict.rounded),
         "files": {name: found.blake3 for name, found in digests.items()},
     }

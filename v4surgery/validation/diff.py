@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from v4surgery.errors import UsageError
+from v4surgery.slicers.selection import BlockSelection
 from v4surgery.validation.mapping import TAP_AXES, ReplicaMapping
 from v4surgery.validation.measures import Alignment, Closeness
 from v4surgery.validation.taps import MODEL_TAPS, TAPS
@@ -67,6 +68,9 @@ class View:
     def source(self, block: str) -> str:
         return self._selections[block].source.prefix if block in self._selections else block
 
+    def selection(self, block: str) -> BlockSelection | None:
+        return self._selections.get(block)
+
     def units(self, axis: str, block: str) -> Tensor | None:
         """Names of the units along an axis; None where they are numbered as they stand."""
         if self.mapping is None:
@@ -106,7 +110,8 @@ class Row:
         place: Of the first side.
         other: The second side's block.
         close: Values, where they have the same shape in shared units.
-        cka: Linear CKA where the shapes differ.
+        cka: Linear CKA where the shapes differ, or channels of two replicas cannot be matched
+            because one of them was rotated (CKA does not depend on the basis).
         overlap: Share of equal choices, of places that are choices.
     """
 
@@ -239,11 +244,11 @@ def _compare(
         if own.tap in CHOICES:
             overlaps.append(_overlap(x, y, own, other, views))
             continue
-        x, y = _shared(x, y, own, other, views)
+        x, y = _shared(*_in_one_basis(x, y, own, other, views), own, other, views)
         if own.tap == "gate.weights":  # which of a token's experts comes first means nothing
             x, y = (t.sort(-1, descending=True).values for t in (x, y))
         x, y = (t.flatten(0, 1) if own.tap in TAP_AXES else t for t in (x, y))
-        if x.shape == y.shape:
+        if x.shape == y.shape and not _is_apart(own.tap, views):
             close.add(x, y, prompt)
         else:
             alignment.add(x, y)
@@ -254,6 +259,26 @@ def _compare(
         alignment.cka if alignment.num_tokens else None,
         sum(overlaps) / len(overlaps) if overlaps else None,
     )
+
+
+def _in_one_basis(
+    x: Tensor, y: Tensor, own: Place, other: Place, views: tuple[View, View]
+) -> tuple[Tensor, Tensor]:
+    """The parent's side in the basis of a replica that was rotated, where one of them is that."""
+    first, second = (view.mapping for view in views)
+    if own.tap in TAP_AXES and first is not None and second is None:
+        y = first.rotated(own.tap, y, views[0].selection(own.block))
+    if own.tap in TAP_AXES and second is not None and first is None:
+        x = second.rotated(own.tap, x, views[1].selection(other.block))
+    return x, y
+
+
+def _is_apart(tap: str, views: tuple[View, View]) -> bool:
+    """Whether channels of two replicas cannot be matched, because one was rotated."""
+    mappings = [view.mapping for view in views]
+    if "hidden_size" not in TAP_AXES.get(tap, ()) or None in mappings:
+        return False
+    return any(mapping is not None and mapping.is_rotated for mapping in mappings)
 
 
 def _shared(

@@ -42,6 +42,11 @@ class Side:
         return fingerprint
 
     @property
+    def plan_hash(self) -> str | None:
+        """Of a replica: what its units and their values follow from."""
+        return self.record["plan_hash"] if self.record else None
+
+    @property
     def origin(self) -> str | None:
         """Fingerprint of the parent that a replica was cut from."""
         return self.record["parent"]["fingerprint"] if self.record else None
@@ -125,7 +130,7 @@ def _views(sides: Sequence[Side], parent: str | None, stack: ExitStack) -> list[
             source = origin.model or _open_origin(child, parent, stack)
             return [View(_mapping(side, source)) if side is child else View() for side in sides]
     if first.origin is not None and first.origin == second.origin:
-        if first.fingerprint == second.fingerprint:
+        if first.plan_hash == second.plan_hash:  # fingerprints are of sizes, not of what was kept
             return [View(), View()]
         source = _open_origin(first, parent, stack)
         return [View(_mapping(side, source)) for side in sides]

@@ -26,7 +26,7 @@ from v4surgery.validation.masked.ends import MaskedEnds
 from v4surgery.validation.masked.grading import Grades, Settler
 from v4surgery.validation.masked.hash_tables import Verdict, check_table
 from v4surgery.validation.masked.idle import IDLE_TAP, grade_idle_experts
-from v4surgery.validation.masked.limits import limits_of, ungraded_taps
+from v4surgery.validation.masked.limits import limits_of, mixed_axes, ungraded_taps
 from v4surgery.validation.masked.observe import Observer
 from v4surgery.validation.masked.record import Kept, read_record
 from v4surgery.validation.masked.report import MaskedReport, Rule
@@ -97,7 +97,8 @@ class _Check:
         self.limits = list(limits_of(self.record, replica, parent, prompts))
         self.rules: list[Rule] = []
         self.tables: dict[str, Verdict] = {}
-        self.is_gradable = self.record.recipe.init == "parent" and self._keeps_rules()
+        is_cut = self.record.recipe.init == "parent" and not mixed_axes(self.record)
+        self.is_gradable = is_cut and self._keeps_rules()
         self.numerics = Numerics("exact", torch.float32, Ops("reference"))
         self.ends = MaskedEnds(replica, parent, self.record, device)
         self.observer = Observer(replica.config)

@@ -47,12 +47,31 @@ def ungraded_taps(record: Record, kept: Kept) -> dict[str, list[str]]:
     return found
 
 
+def mixed_axes(record: Record) -> list[str]:
+    """Axes that the recipe mixes instead of picking units of."""
+    keep = record.recipe.keep
+    named = (keep.hidden_size, keep.q_lora_rank, keep.o_lora_rank)
+    return [
+        f"{name}: {choice.method}"
+        for name, choice in zip(("hidden_size", "q_lora_rank", "o_lora_rank"), named, strict=True)
+        if choice is not None and choice.method != "select"
+    ]
+
+
 def limits_of(
     record: Record, replica: Checkpoint, parent: Checkpoint, prompts: Sequence[Sequence[int]]
 ) -> Iterator[NotGraded]:
     """Everything that is known before a forward runs."""
     if record.recipe.init == "random":
         yield NotGraded("model", "every tensor", "init: random takes nothing of the parent")
+        return
+    if mixed := mixed_axes(record):
+        yield NotGraded(
+            "model",
+            "every activation",
+            f"{', '.join(mixed)}: its units are mixtures of all of the parent's, and a mask can "
+            "only remove units; verify compares its tensors, and without truncation logits tell",
+        )
         return
     for kept in record.blocks:
         for tap, names in ungraded_taps(record, kept).items():

@@ -1,0 +1,71 @@
+"""Methods on the command line: what plan, slice and verify print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import v4surgery
+from tests.cli.conftest import Run, v4  # noqa: F401 - a fixture
+from tests.methods.conftest import methods
+from tests.slicers.conftest import Cut, Parent
+from v4surgery.cli.verify import _rounding
+from v4surgery.hub.card import make_card
+from v4surgery.slicers.verified import record_verification
+from v4surgery.slicers.verify import Verification
+
+RECIPE = """
+name: mixed
+keep:
+  hidden_size: {keep: 64, method: pca}
+  q_lora_rank: {keep: 32, method: pca}
+  o_lora_rank: {keep: 32, method: svd}
+  mtp: drop
+"""
+
+
+def test_plan_slice_and_verify_of_a_recipe_with_methods(
+    parent: Parent,
+    tmp_path: Path,
+    v4: Run,  # noqa: F811
+) -> None:
+    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
+    recipe.write_text(RECIPE)
+    planned = v4("plan", "--recipe", recipe, "--parent", parent.path)
+    assert planned.code == 0
+    assert "in a rotated basis, norms absorbed, rounded once" in planned.out
+    assert "rounded: 117 by rotate, 8 by factor" in planned.out.replace("\n", " ")
+    assert "hidden_size: pca, 64 of 128 directions, from weights alone" in planned.out
+    assert v4("slice", "-r", recipe, "-p", parent.path, "-o", out, "-q").code == 0
+    done = v4("verify", out, "--parent", parent.path, "--json")
+    data = json.loads(done.out)
+    assert data["passed"] and data["rounded"] == []
+
+
+def test_rounding_is_told_apart_from_equality() -> None:
+    assert _rounding(()) == ""
+    assert _rounding(("a", "b")).startswith(", 2 of them up to one unit in the last place")
+
+
+def test_card_says_that_axes_are_in_another_basis_and_what_was_only_near(
+    half: Cut, tmp_path: Path
+) -> None:
+    with v4surgery.open(half.path) as replica:
+        verdict = Verification(10, 100, sampled=False, problems=(), rounded=("x",))
+        record_verification(replica, verdict, workers=1)
+        card = make_card(replica)
+        (half.path / "verified.json").unlink()
+    assert "units removed, some axes in another basis, and nothing trained" in card
+    assert "equal, 1 of them up to one unit in the last place" in card
+    assert "a factor of the truncated SVD of wo_b @ wo_a" in card
+
+
+@pytest.mark.parametrize("keep", [methods(), methods(64, 32, 32)])
+def test_summary_tells_the_memory_of_products(keep: dict[str, object], parent: Parent) -> None:
+    from v4surgery.summary import summarize_plan
+
+    assert summarize_plan(parent.plan(keep))["bytes_of_memory_per_worker"] == 160 << 20
+    plain = summarize_plan(parent.plan({"mtp": "drop"}))["bytes_of_memory_per_worker"]
+    assert plain == 40 << 20
