@@ -65,7 +65,7 @@ def test_card_says_that_axes_are_in_another_basis_and_what_was_only_near(half: C
     real = dataclasses.replace(facts, record={**facts.record, "parent": origin})
     assert "units removed, some axes in another basis, and nothing trained" in _what_it_is(real)
     assert "equal, 1 of them up to one unit in the last place" in card
-    assert "a factor of the truncated SVD of wo_b @ wo_a" in card
+    assert "a factor of the truncated SVD" in card
 
 
 @pytest.mark.parametrize("keep", [methods(), methods(64, 32, 32)])

@@ -219,7 +219,7 @@ def _with_moments(
     from dataclasses import replace
 
     if record is not None:
-        return replace(basis, moments=record[basis.key]["moments"])
+        return replace(basis, moments=record.get(basis.key, {}).get("moments"))
     source = basis.selection.source if basis.selection else None
     if file is None or not file.has(axis, source):
         return basis
