@@ -68,8 +68,8 @@ def test_select_is_the_default_and_stays_unwritten() -> None:
 
 
 def test_recipe_with_methods_loads_back_equal() -> None:
-    keep = "hidden_size: {keep: 8, method: pca, scores: s}, o_lora_rank: {keep: 4, method: svd}"
-    text = f"name: x\nkeep: {{{keep}}}"
+    keep = "hidden_size: {keep: 8, method: pca}, o_lora_rank: {keep: 4, method: svd}"
+    text = f"name: x\nscores: s\nkeep: {{{keep}}}"
     recipe = recipe_from_text(text, "r")
     assert recipe_from_text(dump_recipe(recipe), "r") == recipe
 

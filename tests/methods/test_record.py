@@ -13,7 +13,7 @@ from blake3 import blake3
 
 import v4surgery
 from tests.methods.conftest import D, L, Q, methods
-from tests.slicers.conftest import Cut, Parent
+from tests.slicers.conftest import BLOCKS, Cut, Parent
 from tests.support import parents
 from v4surgery.checkpoint.layout import OutputTensor
 from v4surgery.errors import CheckpointError, PlanError
@@ -47,6 +47,38 @@ def test_every_storage_verifies(store: str, parent: Parent, tmp_path: Path) -> N
     assert checked.passed and checked.rounded == ()
     report = replica.report["requantized"]
     assert (report["tensors"] > 0) == (store in ("native", "fp8"))
+
+
+@pytest.mark.parametrize(("like", "layers"), [("flash-base", 2), ("flash-0731", 3)])
+def test_other_parents_and_their_drafters_verify(like: str, layers: int, tmp_path: Path) -> None:
+    """FP8 experts with F32 scales and a drafter's own head; DSpark's three drafters."""
+    changes: dict[str, Any] = {**BLOCKS}
+    if like == "flash-0731":
+        changes |= {
+            "num_hidden_layers": 3,
+            "compress_ratios": [0, 4, 0, 0, 0, 0],
+            "dspark_target_layer_ids": (0, 1, 2),
+            "dspark_noise_token_id": 60,
+            "dspark_markov_rank": 8,
+        }
+    path = parents.write_parent(tmp_path / "p", like, layers=layers, changes=changes)
+    other = Parent(path)
+    keep = methods(q=128, o=64)
+    ranks = {**keep, "mtp": "keep"}
+    del ranks["hidden_size"]
+    keep["hidden_size"] = {"keep": 256, "method": "pca"}
+    for number, choice in enumerate((keep, ranks)):
+        plan = other.plan(choice, store={"dtype": "native"})
+        replica = v4surgery.slice(plan, tmp_path / str(number))
+        assert v4surgery.verify(replica, other.opened).problems == ()
+    assert plan.transforms["factor"] == 2 * len(plan.catalogue.blocks)
+
+
+def test_record_without_its_bases_is_a_problem(parent: Parent, copy: Path) -> None:
+    record = json.loads((copy / "v4surgery.json").read_text())
+    del record["bases"]
+    (copy / "v4surgery.json").write_text(json.dumps(record))
+    assert any("its digest is another one" in line for line in problems(copy, parent))
 
 
 def test_number_of_workers_changes_no_byte(parent: Parent, half: Cut, tmp_path: Path) -> None:

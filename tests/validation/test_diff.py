@@ -106,6 +106,16 @@ def test_replicas_of_other_channels_share_those_that_both_keep(
     assert found["layers.0.out"].close.relative_error > 0
 
 
+def test_replicas_of_the_same_sizes_and_other_channels_share_those_that_both_keep(
+    tiny: Checkpoint, tiny_path: Path, tmp_path: Path
+) -> None:
+    """Their fingerprints are the same: config and headers do not say what was kept."""
+    a = cut(tiny, tmp_path / "a", {"hidden_size": [*range(20)], "layers": {"ids": [0]}})
+    b = cut(tiny, tmp_path / "b", {"hidden_size": [*range(12, 32)], "layers": {"ids": [0]}})
+    found = by_place(diff_models(str(a), str(b), parent=str(tiny_path), tokens=5))
+    assert found["embed"].close.is_exact and found["layers.0.in"].close.is_exact
+
+
 def test_models_that_are_no_relatives_are_aligned_where_shapes_differ(
     tiny_path: Path, tmp_path: Path
 ) -> None:

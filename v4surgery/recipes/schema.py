@@ -179,7 +179,8 @@ class Store(Section):
 
     dtype: Literal["native", "bf16", "fp8", "f32"] = Field(
         default="bf16",
-        description="Format of the weights that the parent stores as FP4, FP8 or BF16.",
+        description="Format of the weights that the parent stores as FP4, FP8 or BF16; f32 stores "
+        "every floating tensor so.",
     )
     layout: Literal["auto", "parent", "packed"] = Field(
         default="auto",

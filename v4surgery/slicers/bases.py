@@ -217,7 +217,7 @@ def plan_bases(
                 None,
             )
             if record is not None:
-                basis = replace(basis, moments=record[basis.key]["moments"])
+                basis = replace(basis, moments=record.get(basis.key, {}).get("moments"))
             elif file is not None and has_moments(file, parent, axis, basis.source):
                 basis = replace(basis, moments=file.blake3, file=str(file.path))
             found.append(basis)

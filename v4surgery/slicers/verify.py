@@ -173,10 +173,10 @@ def _basis_problems(bases: BasisFile | None, record: Mapping[str, Any]) -> list[
     """The recorded bases against the record, and against what a basis is."""
     if bases is None:
         return []
-    problems = list(bases.problems())
-    if record["bases"]["blake3"] != bases.digest:
+    problems, recorded = list(bases.problems()), record.get("bases", {})
+    if recorded.get("blake3") != bases.digest:
         problems.append(f"{BASES_FILE}: not the file that was recorded: its digest is another one")
-    elif json.loads(json.dumps(bases.to_json())) != record["bases"]:
+    elif json.loads(json.dumps(bases.to_json())) != recorded:
         problems.append(f"v4surgery.json: what it says of {BASES_FILE} is not in that file")
     return problems
 
