@@ -20,6 +20,7 @@ import numpy as np
 
 from v4surgery.axes import axis_index, axis_size, parse_axis
 from v4surgery.catalogue import (
+    F16,
     F32,
     FP4,
     FP8,
@@ -59,7 +60,7 @@ COPY, GATHER, DEQUANTIZE, REQUANTIZE, SCALE, REMAP, INTERPOLATE, ZERO, RANDOM = 
 TRANSFORMS: Mapping[str, str] = {
     COPY: "the parent's bytes, whole",
     GATHER: "the parent's bytes, some rows and columns (whole blocks where quantized)",
-    DEQUANTIZE: "decoded to bf16 (exact, unless the scales are arbitrary F32)",
+    DEQUANTIZE: "decoded to bf16 (exact, unless it was F32 or has arbitrary F32 scales)",
     REQUANTIZE: "decoded, cut and quantized again (the error is measured and reported)",
     SCALE: "multiplied by the factor of `compensate`, rounded once",
     REMAP: "hash table rows with removed experts replaced",
@@ -196,12 +197,12 @@ class Plan:
         """Transforms that may round, with the stems concerned."""
         found: dict[str, list[str]] = {}
         for edit in self.edits:
-            arbitrary_scale = (
+            is_wider = (
                 edit.transform == DEQUANTIZE
                 and edit.source is not None
-                and edit.source.fmt == "FP8_F32"
+                and edit.source.fmt in (FP8_F32, F32, F16)
             )
-            if edit.transform in (REQUANTIZE, SCALE, INTERPOLATE) or arbitrary_scale:
+            if edit.transform in (REQUANTIZE, SCALE, INTERPOLATE) or is_wider:
                 found.setdefault(edit.transform, []).append(edit.target.stem)
         return found
 
