@@ -20,10 +20,13 @@ import json
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from v4surgery.errors import HeaderError
 from v4surgery.formats import F4, ITEM_BYTES
+
+if TYPE_CHECKING:
+    from v4surgery.checkpoint.source import Source
 
 __all__ = [
     "MAX_HEADER_BYTES",
@@ -32,6 +35,7 @@ __all__ = [
     "header_length",
     "parse_header",
     "payload_bytes",
+    "read_header",
 ]
 
 MAX_HEADER_BYTES = 100_000_000
@@ -118,6 +122,20 @@ def parse_header(
     infos = sorted(root.items(), key=lambda item: item[1][2:])
     _check_cover(infos, base, file_bytes, where)
     return dict(infos), metadata
+
+
+def read_header(source: Source, file: str) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The JSON header of a file, as bytes and as its tensors in the order of their bytes.
+
+    Raises:
+        HeaderError: See :func:`parse_header`.
+        ReadError: The file could not be read.
+    """
+    where = f"{source.name}/{file}"
+    size = source.size(file)
+    length = header_length(source.read(file, 0, min(_PREFIX_BYTES, size)), size, where)
+    header = source.read(file, _PREFIX_BYTES, _PREFIX_BYTES + length)
+    return header, parse_header(header, size, where)[0]
 
 
 def payload_bytes(dtype: str, shape: Iterable[int]) -> int:

@@ -3,8 +3,8 @@
 ``save_pretrained`` writes published names again, most of them behind ``model.``, which
 :func:`v4surgery.catalogue.canonical_name` reads. Saved with ``save_original_format=False``, a
 checkpoint has the names of the modules, and the routed experts of a layer stacked in two tensors:
-``gate_up_proj`` ``(E, 2F, D)``, w1 above w3, and ``down_proj`` ``(E, D, F)``. A piece of a stack is a
-byte range like any other, so nothing is copied here.
+``gate_up_proj`` ``(E, 2F, D)``, w1 above w3, and ``down_proj`` ``(E, D, F)``. A piece of a stack is
+a byte range like any other, so nothing is copied here.
 
 Source: transformers 5.23, ``conversion_mapping.py``, "deepseek_v4".
 """

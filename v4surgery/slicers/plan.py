@@ -158,6 +158,8 @@ class Plan:
             own = file_group(edit.target)
             key = edit.source.weight.file if follow_parent and edit.source else own
             groups.setdefault(key, []).extend(OutputTensor(*output) for output in edit.outputs)
+        if store.layout == "published":
+            return pack(list(groups.values()), store.max_shard_size, merge=False)
         if follow_parent:
             order = [groups[file] for file in self.parent.files if file in groups]
             order += [tensors for key, tensors in groups.items() if key not in self.parent.files]
