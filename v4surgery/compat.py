@@ -125,6 +125,10 @@ def _fp8_wo_a(facts: Facts) -> str | None:
     return None if facts.wo_a <= {FP8, FP8_F32} else f"wo_a in {', '.join(sorted(facts.wo_a))}"
 
 
+def _online_head_dim(facts: Facts) -> str | None:
+    return _sized("head_dim", 512)(facts) if 128 in facts.ratios else None
+
+
 def _index_dim(facts: Facts) -> str | None:
     return _sized("index_head_dim", 128)(facts) if CSA_RATIO in facts.ratios else None
 
@@ -237,7 +241,7 @@ LIMITS: tuple[Limit, ...] = (
         SGLANG,
         "head_dim is 512 where ratio 128 is compressed online",
         _SGLANG + "python/sglang/jit_kernel/dsv4/compress.py",
-        _sized("head_dim", 512),
+        _online_head_dim,
     ),
     Limit(
         SGLANG,

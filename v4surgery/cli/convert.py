@@ -71,7 +71,7 @@ def run(
     from v4surgery.api import default_workers
     from v4surgery.checkpoint.reader import open_checkpoint
     from v4surgery.cli._output import parse_size, print_json, progress_bar, set_verbosity
-    from v4surgery.convert.run import plan_conversion, run_conversion
+    from v4surgery.conversion.run import plan_conversion, run_conversion
 
     set_verbosity(verbose)
     limit = parse_size(max_shard_size, "--max-shard-size") if max_shard_size else None
