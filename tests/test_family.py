@@ -11,24 +11,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.cli.conftest import Run, _plain_terminal, v4  # noqa: F401 - the command line
+from tests.conversion.conftest import DSPARK, WIDE
 from tests.support import parents
 
 VARIANTS = ("flash-base", "flash-0731", "pro-0813")
-SIZES: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 256,
-    "moe_intermediate_size": 128,
-    "num_attention_heads": 8,
-    "head_dim": 128,
-    "q_lora_rank": 128,
-    "o_lora_rank": 128,
-    "o_groups": 4,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "index_n_heads": 8,
-    "index_topk": 16,
-}
-DSPARK: dict[str, Any] = {"dspark_noise_token_id": 7, "dspark_markov_rank": 16}
+SIZES = WIDE | {"vocab_size": 128, "o_groups": 4}
 # Layers 0, 2, 4 of 6: both kinds, and the last target of a DSpark drafter is gone.
 KEEP = "keep: {layers: {by: ids, ids: [0, 2, 3, 4]}, experts: {keep: 4, by: gate}, mtp: MTP}"
 
