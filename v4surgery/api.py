@@ -242,7 +242,6 @@ def convert(
         workers=workers or default_workers(opened),
         memory_bytes=memory_bytes,
         device=device,
-        nonfinite=nonfinite,
         progress=progress,
     )
 

@@ -267,3 +267,57 @@ def test_options_that_make_no_sense_are_refused(
     with v4.open(wide["flash"]) as checkpoint, pytest.raises(UsageError, match=text):
         plan_conversion(checkpoint, to, ranks=options.get("ranks"),
                         max_shard_size=options.get("max_shard_size"))  # fmt: skip
+
+
+SPOILT: dict[str, tuple[str, parents.RawTensor, str]] = {
+    "shapes differ": (
+        "layers.1.attn.wq_b.weight",
+        parents.RawTensor("F8_E4M3", (256, 128), bytes(256 * 128)),
+        "in different shapes",
+    ),
+    "a scalar": ("layers.1.attn.attn_sink", parents.RawTensor("F32", (), bytes(4)), "in different"),
+    "a flat wo_a": (
+        "layers.1.attn.wo_a.weight",
+        parents.RawTensor("BF16", (4,), bytes(8)),
+        "in different shapes",
+    ),
+    "one more": ("layers.1.attn.x", parents.RawTensor("F32", (1,), bytes(4)), "does not have"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_spoilt_shards_are_refused_by_name(
+    case: str, wide: dict[str, Path], tmp_path: Path
+) -> None:
+    name, tensor, text = SPOILT[case]
+    convert(wide["flash"], tmp_path / "official", "official", 2)
+    path = tmp_path / "official" / "model1-mp2.safetensors"
+    parents.write_shard(path, parents.read_shard(path) | {name: tensor})
+    with pytest.raises(CheckpointError, match=text) as caught:
+        v4.open(tmp_path / "official")
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "record", [b"[", b"[]", b'{"official": {}}', b"[" * 100_000, b'{"official": {"reference": 1}}']
+)
+def test_a_record_that_is_not_ours_is_passed_over(
+    record: bytes, wide: dict[str, Path], tmp_path: Path
+) -> None:
+    convert(wide["flash"], tmp_path / "official", "official", 2)
+    (tmp_path / "official" / "v4surgery.json").write_bytes(record)
+    with v4.open(tmp_path / "official") as view, v4.open(wide["flash"]) as parent:
+        assert view.config.compress_ratios == parent.config.compress_ratios
+
+
+def test_scales_that_do_not_fit_are_refused(wide: dict[str, Path], tmp_path: Path) -> None:
+    convert(wide["flash"], tmp_path / "official", "official", 2)
+    path = tmp_path / "official" / SCALES_FILE
+    scales = parents.read_shard(path)
+    name = "layers.0.attn.wo_a.scale"
+    parents.write_shard(path, scales | {name: parents.RawTensor("F8_E8M0", (1, 1), b"x")})
+    with pytest.raises(CheckpointError, match="scales do not fit"):
+        v4.open(tmp_path / "official")
+    parents.write_shard(path, scales | {name: parents.RawTensor("I64", (1,), bytes(8))})
+    with pytest.raises(CheckpointError, match="not a scale"):
+        v4.open(tmp_path / "official")

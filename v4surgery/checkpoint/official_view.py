@@ -43,7 +43,7 @@ from v4surgery.formats import F4, FP8_BLOCK
 
 CONFIG_FILE = "config.json"
 RECORD_FILE = "v4surgery.json"
-_MAX_JSON_BYTES = 64_000_000
+_MAX_SIDE_BYTES = 256_000_000
 
 
 class OfficialView(Source):
@@ -55,8 +55,9 @@ class OfficialView(Source):
         names = base.list_files()
         shards = [shard_name(rank, ranks) for rank in range(ranks)]
         own = {CONFIG_FILE, RECORD_FILE, SCALES_FILE}
-        self._passed = [name for name in names if name not in own and name not in shards]
-        self._passed = [name for name in self._passed if not name.endswith(".safetensors")]
+        self._passed = [
+            name for name in names if name not in own and not name.endswith(".safetensors")
+        ]
         self._config_text, config = _config(base, names)
         base.fetch_heads(dict.fromkeys(shards, 1 << 16))
         headers = [read_header(base, shard)[1] for shard in shards]
@@ -201,7 +202,8 @@ class _Layout:
             )
         scale = self._take(entry.stem + ".scale", holders)
         axis = shard_axis(entry)
-        if entry.template.stem == DECODED and weight[0].info.dtype == BF16:
+        info = weight[0].info
+        if entry.template.stem == DECODED and (info.dtype, len(info.shape)) == (BF16, 2):
             encoded = self._encoded(entry, name, weight)
             if encoded:
                 return encoded
@@ -212,7 +214,16 @@ class _Layout:
         """A tensor's places, taken off the list; none if a rank lacks it."""
         if any(name not in self.places[rank] for rank in holders):
             return []
-        return [self.places[rank].pop(name) for rank in holders]
+        places = [self.places[rank].pop(name) for rank in holders]
+        kinds = {(place.info.dtype, place.info.shape) for place in places}
+        if len(kinds) > 1 or not places[0].info.shape:
+            raise CatalogueError(
+                "the ranks have a tensor in different shapes, or in none",
+                where=self.where,
+                value=f"{name}: " + ", ".join(f"{d} {list(s)}" for d, s in sorted(kinds)),
+                rule="equal parts, or the whole in each",
+            )
+        return places
 
     def _encoded(
         self, entry: Entry, name: str, places: list[Place]
@@ -244,10 +255,10 @@ def _assembled(
     """A tensor put together along its axis; where every rank has it whole, the first one's."""
     info = places[0].info
     shape = list(info.shape)
-    if axis is None:
+    if axis is None or axis >= len(shape):  # a wrong shape is reported against the config
         places = places[:1]
     else:
-        shape[axis] = sum(place.info.shape[axis] for place in places)
+        shape[axis] *= len(places)
     dtype = info.dtype
     if dtype == F4:  # published shards call the same bytes I8
         dtype, shape[-1] = "I8", shape[-1] // 2
@@ -257,29 +268,44 @@ def _assembled(
 
 def _recorded_scales(base: Source) -> dict[str, Scales]:
     found: dict[str, Scales] = {}
-    for name, info in read_header(base, SCALES_FILE)[1].items():
+    infos = read_header(base, SCALES_FILE)[1]
+    blob = np.frombuffer(_read_whole(base, SCALES_FILE), np.uint8)
+    for name, info in infos.items():
         if info.dtype not in ("F32", "F8_E8M0") or not prod(info.shape):
             raise CheckpointError(
                 "not a scale", where=f"{base.name}/{SCALES_FILE}", value=f"{name} {info.dtype}"
             )
-        raw = np.frombuffer(base.read(SCALES_FILE, info.begin, info.end), np.uint8)
+        raw = blob[info.begin : info.end].copy()
         scales: Scales = raw.view(np.float32) if info.dtype == "F32" else raw
         found[name] = scales.reshape(info.shape)
     return found
 
 
+def _read_whole(base: Source, file: str) -> bytes:
+    size = base.size(file)
+    if size > _MAX_SIDE_BYTES:
+        raise CheckpointError(
+            "a file beside the shards is too large",
+            where=f"{base.name}/{file}",
+            value=size,
+            rule=f"at most {_MAX_SIDE_BYTES} bytes",
+        )
+    return base.read(file, 0, size)
+
+
 def _config(base: Source, files: Iterable[str]) -> tuple[bytes, V4Config]:
     """The published config: as recorded, unless config.json was changed since."""
-    text = base.read(CONFIG_FILE, 0, min(base.size(CONFIG_FILE), _MAX_JSON_BYTES))
+    text = _read_whole(base, CONFIG_FILE)
     config = load_config(text, f"{base.name}/{CONFIG_FILE}")
     if RECORD_FILE in files:
         try:
-            record = json.loads(base.read(RECORD_FILE, 0, base.size(RECORD_FILE)))["official"]
-            if json.loads(text) == record["reference"]:
-                text = (json.dumps(record["config"], indent=2) + "\n").encode()
-                return text, load_config(text, f"{base.name}/{RECORD_FILE}")
-        except (ValueError, KeyError, TypeError):
-            pass  # not a record of ours: config.json alone says what it is
+            record = json.loads(_read_whole(base, RECORD_FILE))["official"]
+            is_as_written = json.loads(text) == record["reference"]
+            published = (json.dumps(record["config"], indent=2) + "\n").encode()
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return text, config  # not a record of ours: config.json alone says what it is
+        if is_as_written:
+            return published, load_config(published, f"{base.name}/{RECORD_FILE}")
     return text, config
 
 

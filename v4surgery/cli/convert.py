@@ -93,7 +93,6 @@ def run(
                 workers=max_workers or default_workers(source),
                 memory_bytes=memory_bytes,
                 device=device,
-                nonfinite=nonfinite,
                 progress=progress,
             )
     written = done.written

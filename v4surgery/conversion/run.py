@@ -44,11 +44,13 @@ class Conversion:
         to: One of :data:`TARGETS`.
         plan: How every tensor comes about.
         lost: What the source's layout does not have, or the target's has no place for.
+        nonfinite: What happens where a decoded weight is NaN or infinite.
     """
 
     to: str
     plan: Plan | OfficialPlan
     lost: tuple[str, ...]
+    nonfinite: str
 
     def summary(self) -> dict[str, Any]:
         """What would be done, as plain data."""
@@ -118,7 +120,7 @@ def plan_conversion(
     lost = _lost(source)
     if to == "official":
         plan = plan_official(source, ranks or 1)
-        return Conversion(to, plan, (*lost, *plan.lost))
+        return Conversion(to, plan, (*lost, *plan.lost), nonfinite)
     dtype = to if to != "published" else "native" if _is_quantized(source) else "bf16"
     store = {"dtype": dtype, "layout": "published", "nonfinite": nonfinite}
     recipe = Recipe.model_validate(
@@ -131,7 +133,8 @@ def plan_conversion(
         }
     )
     planned = make_plan(source, recipe)
-    return Conversion(to, dataclasses.replace(planned, notes=(*planned.notes, *lost)), lost)
+    noted = dataclasses.replace(planned, notes=(*planned.notes, *lost))
+    return Conversion(to, noted, lost, nonfinite)
 
 
 def run_conversion(
@@ -141,7 +144,6 @@ def run_conversion(
     workers: int,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     device: str = "auto",
-    nonfinite: str = "error",
     progress: Callable[[int], None] | None = None,
 ) -> Converted:
     """Write a conversion; the same call again resumes, or finds it done.
@@ -158,7 +160,7 @@ def run_conversion(
             out,
             workers=max(min(workers, memory_bytes // WORKER_BYTES), 1),
             decoder=find_decoder(device),
-            nonfinite=nonfinite,
+            nonfinite=conversion.nonfinite,
             companions={name: parent.read_file(name) for name in parent.companions()},
             progress=progress,
         )
