@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from v4surgery.version import __version__
 
 if TYPE_CHECKING:
-    from v4surgery.api import open, plan, score, slice, validate, verify
+    from v4surgery.api import convert, open, plan, score, slice, validate, verify
     from v4surgery.checkpoint.reader import Checkpoint
     from v4surgery.config import V4Config
     from v4surgery.errors import V4SurgeryError
@@ -41,6 +41,7 @@ __all__ = [
     "V4SurgeryError",
     "Verification",
     "__version__",
+    "convert",
     "load_recipe",
     "open",
     "plan",
@@ -58,6 +59,7 @@ _HOMES = {
     "V4Config": "v4surgery.config",
     "V4SurgeryError": "v4surgery.errors",
     "Verification": "v4surgery.slicers.verify",
+    "convert": "v4surgery.api",
     "load_recipe": "v4surgery.recipes",
     "open": "v4surgery.api",
     "plan": "v4surgery.api",

@@ -1,4 +1,4 @@
-"""The library's verbs: ``v4surgery.open``, ``.score``, ``.plan``, ``.slice``, ``.verify``, ..."""
+"""The library's verbs: open, score, plan, slice, verify, validate and convert."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from v4surgery.checkpoint.reader import Checkpoint, open_checkpoint
+from v4surgery.conversion.run import Converted, plan_conversion, run_conversion
 from v4surgery.errors import UsageError
 from v4surgery.recipes import Recipe, load_recipe
 from v4surgery.slicers.apply import DEFAULT_MEMORY_BYTES, Replica, slice_plan
@@ -265,6 +266,53 @@ def validate(
     if report is not None:
         write_report(found, Path(report))
     return found
+
+
+def convert(
+    source: Checkpoint | PathLike,
+    out: PathLike,
+    to: str,
+    *,
+    ranks: int | None = None,
+    max_shard_size: int | None = None,
+    nonfinite: str = "error",
+    workers: int | None = None,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    device: str = "auto",
+    progress: Callable[[int], None] | None = None,
+) -> Converted:
+    """Write a checkpoint in another format or layout; the same call again resumes.
+
+    Args:
+        source: A checkpoint: published, saved by transformers, or official shards.
+        out: A new or empty folder, or one that holds this very conversion.
+        to: ``bf16``, ``fp8``, ``official`` or ``published``.
+        ranks: Tensor-parallel ranks of ``official``.
+        max_shard_size: Largest file in bytes; by default one for each block.
+        nonfinite: What happens where a decoded weight is NaN or infinite: error, warn or keep.
+        workers: Threads; by default 8 where the Hub is read, else one for each core.
+        memory_bytes: Bound on what the workers use together.
+        device: Where weights are decoded: auto (a GPU if there is one), cpu or cuda.
+        progress: Called with payload bytes as they are written.
+
+    Raises:
+        UsageError: An unknown target, or an option that it does not take.
+        PlanError: The target cannot store this checkpoint.
+        OutputError: The folder is not ours, in use, or the disk is too small.
+        ReadError: The source could not be read exactly, or changed meanwhile.
+    """
+    opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    conversion = plan_conversion(
+        opened, to, ranks=ranks, max_shard_size=max_shard_size, nonfinite=nonfinite
+    )
+    return run_conversion(
+        conversion,
+        Path(out),
+        workers=workers or default_workers(opened),
+        memory_bytes=memory_bytes,
+        device=device,
+        progress=progress,
+    )
 
 
 def default_workers(*read: Checkpoint) -> int:

@@ -407,6 +407,8 @@ def _rope_scaling(data: Mapping[str, Any], reference_only: set[str]) -> RopeScal
     scaling = data.get("rope_scaling")
     if scaling is None:
         scaling = _nested(data, "rope_parameters", "compress") or data.get("rope_parameters")
+    if data.get("original_seq_len") == 0:
+        return None  # how the reference code says: no YaRN
     if scaling is None and any(key in data for key in reference_only):
         scaling = {
             "factor": data.get("rope_factor", 16),

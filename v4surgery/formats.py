@@ -32,6 +32,7 @@ __all__ = [
     "E8M0_BIAS",
     "E8M0_NAN",
     "E8M0_VALUES",
+    "F4",
     "FP4_GROUP",
     "FP8_BLOCK",
     "ITEM_BYTES",
@@ -61,6 +62,9 @@ ITEM_BYTES: dict[str, int] = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("F64", "I64", "U64"), 8),
 }
+
+F4 = "F4"
+"""safetensors' name for two E2M1 codes a byte; its shapes count codes, not bytes."""
 
 FP4_GROUP = 32
 FP8_BLOCK = 128

@@ -129,6 +129,9 @@ def summarize_plan(plan: Plan) -> dict[str, Any]:
 
 
 def _remarks(checkpoint: Checkpoint) -> list[str]:
+    layout = checkpoint.source.identity().get("layout")
+    if layout is not None:
+        return [f"layout: {layout}, read as the published one"]
     if "v4surgery.json" not in checkpoint.source.list_files():
         return []
     try:

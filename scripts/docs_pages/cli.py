@@ -31,7 +31,8 @@ def cli_page() -> Iterator[str]:
             (3, "the check ran, and the replica failed it"),
             (
                 130,
-                "interrupted; `synth`, `slice` and `push` go on where they stopped when run again",
+                "interrupted; `synth`, `slice`, `convert` and `push` go on where they stopped "
+                "when run again",
             ),
         ),
     )

@@ -135,7 +135,7 @@ def test_slice_that_was_interrupted_exits_130_and_resumes(
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, "")
-    assert stderr == "interrupted: synth, slice and push go on from here when run again\n"
+    assert stderr == "interrupted: synth, slice, convert and push go on from here when run again\n"
     lines = journal(out)
     report = finish(v4, undisturbed, out)
     assert report["chunks_reused"] == len(lines) >= undisturbed.chunks // 4

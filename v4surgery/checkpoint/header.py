@@ -20,10 +20,13 @@ import json
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from v4surgery.errors import HeaderError
-from v4surgery.formats import ITEM_BYTES
+from v4surgery.formats import F4, ITEM_BYTES
+
+if TYPE_CHECKING:
+    from v4surgery.checkpoint.source import Source
 
 __all__ = [
     "MAX_HEADER_BYTES",
@@ -32,6 +35,7 @@ __all__ = [
     "header_length",
     "parse_header",
     "payload_bytes",
+    "read_header",
 ]
 
 MAX_HEADER_BYTES = 100_000_000
@@ -40,6 +44,7 @@ _PREFIX_BYTES = 8
 _METADATA = "__metadata__"
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _MAX_COUNT = 2**63 - 1
+_DTYPES = (*ITEM_BYTES, F4)
 _DOWNLOAD_AGAIN = "download the file again"
 
 # Names and values are a stranger's: escaped, and cut where a message would flood the terminal.
@@ -119,6 +124,20 @@ def parse_header(
     return dict(infos), metadata
 
 
+def read_header(source: Source, file: str) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The JSON header of a file, as bytes and as its tensors in the order of their bytes.
+
+    Raises:
+        HeaderError: See :func:`parse_header`.
+        ReadError: The file could not be read.
+    """
+    where = f"{source.name}/{file}"
+    size = source.size(file)
+    length = header_length(source.read(file, 0, min(_PREFIX_BYTES, size)), size, where)
+    header = source.read(file, _PREFIX_BYTES, _PREFIX_BYTES + length)
+    return header, parse_header(header, size, where)[0]
+
+
 def payload_bytes(dtype: str, shape: Iterable[int]) -> int:
     """Bytes of a tensor's data.
 
@@ -126,7 +145,7 @@ def payload_bytes(dtype: str, shape: Iterable[int]) -> int:
         HeaderError: An unknown dtype, a dimension that is no size, or 2**63 bytes and more.
     """
     dims = tuple(shape)
-    if dtype not in ITEM_BYTES:
+    if dtype not in _DTYPES:
         raise HeaderError(f"unknown dtype {_shown.repr(dtype)}", rule=_dtype_rule())
     num_bytes = _checked_bytes(dtype, dims)
     if num_bytes is None:
@@ -241,7 +260,7 @@ def _tensor_info(entry: dict[str, Any], base: int) -> TensorInfo | None:
     if len(entry) != 3 or "dtype" not in entry:
         return None
     dtype, shape, offsets = entry["dtype"], entry.get("shape"), entry.get("data_offsets")
-    if type(dtype) is not str or dtype not in ITEM_BYTES or type(shape) is not list:
+    if type(dtype) is not str or dtype not in _DTYPES or type(shape) is not list:
         return None
     if type(offsets) is not list or len(offsets) != 2:
         return None
@@ -259,7 +278,7 @@ def _broken_rule(entry: Any) -> str:
     if type(entry) is not dict or entry.keys() != _ENTRY_KEYS:
         return "an object of dtype, shape and data_offsets, each once"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if type(dtype) is not str or dtype not in ITEM_BYTES:
+    if type(dtype) is not str or dtype not in _DTYPES:
         return _dtype_rule()
     if type(shape) is not list or not all(map(_is_size, shape)):
         return "shape is an array of sizes"
@@ -320,14 +339,18 @@ def _check_cover(
 def _checked_bytes(dtype: str, shape: Sequence[object]) -> int | None:
     # Zeros are left out of the product: safetensors multiplies in order and sees the overflow
     # of [2**62, 4, 0], where a plain product would see nothing.
-    num_bytes = ITEM_BYTES[dtype]
+    num_bytes = ITEM_BYTES.get(dtype, 1)
     for dim in shape:
         if type(dim) is not int or dim < 0:
             return None
         num_bytes *= dim or 1
         if num_bytes > _MAX_COUNT:
             return None
-    return 0 if 0 in shape else num_bytes
+    if 0 in shape:
+        return 0
+    if dtype != F4:
+        return num_bytes
+    return None if num_bytes % 2 else num_bytes // 2  # whole bytes only, as in safetensors
 
 
 def _is_size(number: object) -> bool:
@@ -339,7 +362,7 @@ def _has_lone_surrogate(text: str) -> bool:
 
 
 def _dtype_rule() -> str:
-    return f"the dtype is one of {', '.join(ITEM_BYTES)}"
+    return f"the dtype is one of {', '.join(_DTYPES)}"
 
 
 def _header_error(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from v4surgery.checkpoint.header import build_header, payload_bytes
-from v4surgery.formats import FP8_BLOCK
+from v4surgery.formats import F4, FP8_BLOCK
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -23,18 +23,27 @@ INDEX_FILE = "model.safetensors.index.json"
 # Source: safetensors/src/tensor.rs, `prepare` and `enum Dtype`; spec/checkpoint.md "Files".
 _DTYPE_ORDER = (
     *("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
-    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", F4, "BOOL"),
 )
 _DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_ORDER)}
 
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor to be written; ``dtype`` is safetensors' name for it (``"BF16"``)."""
+    """A tensor to be written; ``dtype`` is safetensors' name for it (``"BF16"``).
+
+    ``rank`` says in which rank's file it is where every rank has one of that name.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    rank: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in this checkpoint, different for each rank."""
+        return self.name if self.rank is None else f"{self.rank}:{self.name}"
 
     @property
     def nbytes(self) -> int:

@@ -22,6 +22,7 @@ from v4surgery.catalogue import (
     foreign_family,
     stored_tensors,
 )
+from v4surgery.checkpoint.saved_names import published_refs
 from v4surgery.config import V4Config
 from v4surgery.errors import CatalogueError
 from v4surgery.formats import FP4_GROUP
@@ -67,9 +68,9 @@ def match_tensors(
     config: V4Config, found: Mapping[str, TensorRef], where: str
 ) -> tuple[Catalogue, dict[str, StoredTensorRef]]:
     """Hold the headers against the catalogue: each logical tensor once, none over."""
-    by_name = dict(found)
-    twice: list[str] = []
     catalogue = Catalogue(config, optional=True)
+    by_name = published_refs(catalogue, found)
+    twice: list[str] = []
     expected = {
         name
         for e in catalogue.entries()

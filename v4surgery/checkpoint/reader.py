@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from v4surgery import formats
 from v4surgery.catalogue import BF16, FP4, FP8, FP8_F32, QUANTIZED
-from v4surgery.checkpoint.header import TensorInfo, header_length, parse_header
+from v4surgery.checkpoint.header import read_header
 from v4surgery.checkpoint.layout import INDEX_FILE, SINGLE_FILE
 from v4surgery.checkpoint.matching import StoredTensorRef, TensorRef, match_tensors
+from v4surgery.checkpoint.official_view import as_published
 from v4surgery.checkpoint.place import open_source
 from v4surgery.checkpoint.source import Source, merge_ranges, safe_basename
 from v4surgery.config import V4Config, load_config
@@ -69,7 +70,7 @@ class Checkpoint:
         self.files: tuple[str, ...] = _shard_files(source, names, weight_map)
         source.fetch_heads(_expected_heads(self.files, weight_map))
         for file in self.files:
-            header, tensors = _read_header(source, file)
+            header, tensors = read_header(source, file)
             digest.update(header)
             for name, info in tensors.items():
                 if name in found:
@@ -237,6 +238,9 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a local folder, or a repository on the Hub, lazily.
 
+    Shards of the official inference code (``model0-mp4.safetensors``) are read as the published
+    layout that they were made from.
+
     Args:
         path: A folder, ``org/name`` or ``org/name@revision``. What is there as a folder is one.
         revision: Branch, tag or commit of a repository; not for a folder.
@@ -249,7 +253,7 @@ def open_checkpoint(
     """
     source = open_source(path, revision=revision, token=token, workers=workers)
     try:
-        return Checkpoint(source)
+        return Checkpoint(as_published(source))
     except BaseException:
         source.close()
         raise
@@ -385,14 +389,6 @@ def _expected_heads(files: tuple[str, ...], weight_map: dict[str, str] | None) -
     for name, shard in (weight_map or {}).items():
         expected[shard] += len(name) + _ENTRY_BYTES
     return expected
-
-
-def _read_header(source: Source, file: str) -> tuple[bytes, dict[str, TensorInfo]]:
-    where = f"{source.name}/{file}"
-    size = source.size(file)
-    length = header_length(source.read(file, 0, min(8, size)), size, where)
-    header = source.read(file, 8, 8 + length)
-    return header, parse_header(header, size, where)[0]
 
 
 def _check_index(

@@ -82,7 +82,7 @@ class WriteResult:
     Args:
         out: The folder.
         files: The shards, in order.
-        digests: BLAKE3 in hex by tensor name, in file order, for all that are not holes.
+        digests: BLAKE3 in hex by the tensors' keys, in file order, for all that are not holes.
         payload_bytes: Of all tensors, holes included: the index's ``total_size``.
         hole_bytes: The part of it that takes no disk.
         bytes_written: Payload bytes written by this run.
@@ -173,7 +173,7 @@ def write_checkpoint(
 def _check_jobs(shards: Sequence[ShardLayout], jobs: Sequence[Job]) -> None:
     wanted = [item for shard in shards for item in shard.tensors]
     outputs = [item for job in jobs for item in job.outputs]
-    names = {item.name for item in outputs}
+    names = {item.key for item in outputs}
     assert len(wanted) == len(outputs) == len(names), "a tensor with no job, or with two"
     assert set(wanted) == set(outputs), "the jobs' outputs are not the shards' tensors"
 
@@ -185,7 +185,7 @@ def _layout_id(shards: Sequence[ShardLayout], jobs: Sequence[Job]) -> str:
         hasher.update(json.dumps([shard.file, len(shard.header)]).encode())
         hasher.update(shard.header)
     for job in jobs:
-        hasher.update(json.dumps([job.hole, *(item.name for item in job.outputs)]).encode())
+        hasher.update(json.dumps([job.hole, *(item.key for item in job.outputs)]).encode())
     return hasher.hexdigest()[:32]
 
 
@@ -258,13 +258,13 @@ class _Run:
         self.claim, self.jobs, self.progress, self.cancel = claim, jobs, progress, cancel
         self.shards = [ShardFile(claim.out, layout) for layout in shards]
         self.place = {
-            item.name: (shard, offset)
+            item.key: (shard, offset)
             for shard in self.shards
             for item, offset in zip(shard.layout.tensors, shard.layout.offsets, strict=True)
         }
         for job in jobs:
             for item in () if job.hole else job.outputs:
-                self.place[item.name][0].missing += 1
+                self.place[item.key][0].missing += 1
         self.hole_bytes = sum(item.nbytes for job in jobs if job.hole for item in job.outputs)
         self.digests: dict[str, str] = {}
         self.bytes_written = self.bytes_reused = 0
@@ -276,10 +276,10 @@ class _Run:
 
     def check_disk(self) -> None:
         """Raises OutputError unless what is still to be written fits on the disk."""
-        holes = {item.name for job in self.jobs if job.hole for item in job.outputs}
+        holes = {item.key for job in self.jobs if job.hole for item in job.outputs}
         needed = 0
         for shard in self.shards:
-            written = (item.nbytes for item in shard.layout.tensors if item.name not in holes)
+            written = (item.nbytes for item in shard.layout.tensors if item.key not in holes)
             total = len(shard.layout.header) + sum(written)
             needed += max(0, total - shard.disk_bytes())
         needed += needed // 100
@@ -299,7 +299,7 @@ class _Run:
 
     def result(self) -> WriteResult:
         layouts = [shard.layout for shard in self.shards]
-        names = [item.name for layout in layouts for item in layout.tensors]
+        names = [item.key for layout in layouts for item in layout.tensors]
         return WriteResult(
             out=self.claim.out,
             files=tuple(layout.file for layout in layouts),
@@ -335,7 +335,7 @@ class _Run:
         places = []
         for number, job in enumerate(self.jobs):
             if job.outputs and not job.hole:
-                found = (self.place[item.name] for item in job.outputs)
+                found = (self.place[item.key] for item in job.outputs)
                 first = min((rank[shard.layout.file], offset) for shard, offset in found)
                 places.append((*first, number))
         return _Schedule(sorted(places))
@@ -375,14 +375,14 @@ class _Run:
         whole_shards = []
         with self._lock:
             for output in outputs:
-                self.digests[output.tensor.name] = output.hasher.hexdigest()
+                self.digests[output.tensor.key] = output.hasher.hexdigest()
                 output.shard.missing -= 1
                 if output.shard.missing == 0:
                     whole_shards.append(output.shard)
         self._finish_later(whole_shards, syncer)
 
     def _outputs(self, job: Job) -> list[OutputFile]:
-        return [OutputFile(item, *self.place[item.name]) for item in job.outputs]
+        return [OutputFile(item, *self.place[item.key]) for item in job.outputs]
 
     def _resumed(self, number: int, buffer: bytearray) -> tuple[list[OutputFile], int]:
         """The outputs as the journal has them, if the disk agrees, and the first chunk to do."""

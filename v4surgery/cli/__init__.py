@@ -13,6 +13,7 @@ import typer
 
 from v4surgery import __version__
 from v4surgery.cli import (
+    convert,
     diff,
     generate,
     inspect,
@@ -48,6 +49,7 @@ app.command("score")(score.run)
 app.command("plan")(plan.run)
 app.command("slice")(slice.run)
 app.command("verify")(verify.run)
+app.command("convert")(convert.run)
 app.command("trace")(trace.run)
 app.command("validate")(validate.run)
 app.command("diff")(diff.run)
@@ -85,7 +87,8 @@ def main(args: list[str] | None = None) -> NoReturn:
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             typer.echo(
-                "interrupted: synth, slice and push go on from here when run again", err=True
+                "interrupted: synth, slice, convert and push go on from here when run again",
+                err=True,
             )
         raise
     except Exception as error:

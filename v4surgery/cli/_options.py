@@ -90,3 +90,14 @@ Implementation = Annotated[
         metavar="NAME", help="Which operations run: reference (anywhere), or triton (a GPU)."
     ),
 ]
+Memory = Annotated[
+    str, typer.Option(metavar="SIZE", help="Bound on what the workers use together.")
+]
+DecodeDevice = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Where weights are decoded: auto (a GPU if there is one), cpu or cuda. The bytes "
+        "are the same.",
+    ),
+]

@@ -11,6 +11,8 @@ import typer
 
 from v4surgery.cli._options import (
     AsJson,
+    DecodeDevice,
+    Memory,
     Overrides,
     Parent,
     Quiet,
@@ -41,17 +43,8 @@ def run(
     revision: Revision = None,
     token: Token = None,
     max_workers: Workers = None,
-    memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Bound on what the workers use together.")
-    ] = "384MB",
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Where weights are decoded: auto (a GPU if there is one), cpu or cuda. The bytes "
-            "are the same.",
-        ),
-    ] = "auto",
+    memory: Memory = "384MB",
+    device: DecodeDevice = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, as plan does.")
     ] = False,

@@ -182,10 +182,11 @@ class Store(Section):
         description="Format of the weights that the parent stores as FP4, FP8 or BF16; f32 stores "
         "every floating tensor so.",
     )
-    layout: Literal["auto", "parent", "packed"] = Field(
+    layout: Literal["auto", "parent", "packed", "published"] = Field(
         default="auto",
         description="Shards cut as the parent's are (parent), filled one after another (packed), "
-        "or whichever fits the recipe (auto).",
+        "one for each block as in the published checkpoints (published), or whichever fits the "
+        "recipe (auto).",
     )
     max_shard_size: ShardBytes | None = Field(
         default=None, description="Largest shard, in bytes or as 5GB, 500MB, 2GiB."

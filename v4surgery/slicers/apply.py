@@ -146,7 +146,7 @@ def long_spans(plan: Plan) -> Iterator[tuple[str, int, int]]:
 
 def measure(plan: Plan, jobs: list[EditJob | RandomJob]) -> dict[str, Any]:
     """What the jobs measured, as plain data in the order of the tensors."""
-    requantized, tables, nonfinite = {}, {}, {}
+    requantized, tables, nonfinite, rounded = {}, {}, {}, {}
     for edit, job in zip(plan.edits, jobs, strict=True):
         state = job.state
         if "num_changed" in state:
@@ -155,6 +155,8 @@ def measure(plan: Plan, jobs: list[EditJob | RandomJob]) -> dict[str, Any]:
             tables[edit.target.stem] = state["tokens_by_lost_experts"]
         if "nonfinite" in state:
             nonfinite[edit.target.stem] = state["nonfinite"]
+        if state.get("rounded"):
+            rounded[edit.target.stem] = state["rounded"]
     lossless = [stem for stem, item in requantized.items() if item["lossless"]]
     report: dict[str, Any] = {
         "transforms": dict(sorted(plan.transforms.items())),
@@ -164,8 +166,11 @@ def measure(plan: Plan, jobs: list[EditJob | RandomJob]) -> dict[str, Any]:
             "largest_relative_rms": max(
                 (item["relative_rms"] for item in requantized.values()), default=0.0
             ),
+            "blocks": sum(item["blocks"] for item in requantized.values()),
+            "blocks_changed": sum(item["blocks_changed"] for item in requantized.values()),
             "by_tensor": {k: v for k, v in requantized.items() if not v["lossless"]},
         },
+        "rounded": rounded,
         "hash_tables": {"tokens_by_lost_experts": tables},
         "nonfinite": nonfinite,
     }
@@ -177,6 +182,8 @@ def _requantization(state: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "lossless": state["num_changed"] == 0 and state["num_nonfinite"] == 0,
         "changed": state["num_changed"],
+        "blocks": state.get("blocks", 0),
+        "blocks_changed": state.get("blocks_changed", 0),
         "relative_rms": float(f"{relative:.6g}"),
         "max_abs": float(f"{state['max_abs']:.6g}"),
     }

@@ -21,6 +21,7 @@ import numpy as np
 
 from v4surgery.axes import axis_index, axis_size, parse_axis
 from v4surgery.catalogue import (
+    F16,
     F32,
     FP4,
     FP8,
@@ -71,7 +72,7 @@ FOLD, ROTATE, FACTOR = "fold", "rotate", "factor"
 TRANSFORMS: Mapping[str, str] = {
     COPY: "the parent's bytes, whole",
     GATHER: "the parent's bytes, some rows and columns (whole blocks where quantized)",
-    DEQUANTIZE: "decoded to bf16 or f32 (exact, unless the scales are arbitrary F32)",
+    DEQUANTIZE: "decoded to bf16 or f32 (exact, unless it was wider or has arbitrary F32 scales)",
     REQUANTIZE: "decoded, cut and quantized again (the error is measured and reported)",
     SCALE: "multiplied by the factor of `compensate`, rounded once",
     REMAP: "hash table rows with removed experts replaced",
@@ -194,6 +195,8 @@ class Plan:
             own = file_group(edit.target)
             key = edit.source.weight.file if follow_parent and edit.source else own
             groups.setdefault(key, []).extend(OutputTensor(*output) for output in edit.outputs)
+        if store.layout == "published":
+            return pack(list(groups.values()), store.max_shard_size, merge=False)
         if follow_parent:
             order = [groups[file] for file in self.parent.files if file in groups]
             order += [tensors for key, tensors in groups.items() if key not in self.parent.files]
@@ -241,13 +244,16 @@ class Plan:
         """Transforms that may round, with the stems concerned."""
         found: dict[str, list[str]] = {}
         for edit in self.edits:
-            arbitrary_scale = (
+            is_wider = (
                 edit.transform == DEQUANTIZE
                 and edit.source is not None
-                and edit.source.fmt == "FP8_F32"
+                and (
+                    edit.source.fmt == FP8_F32
+                    or (edit.source.fmt in (F32, F16) and edit.fmt != F32)
+                )
             )
             rounds = edit.transform in (REQUANTIZE, SCALE, INTERPOLATE, ROTATE, FACTOR)
-            if rounds or arbitrary_scale:
+            if rounds or is_wider:
                 found.setdefault(edit.transform, []).append(edit.target.stem)
         return found
 

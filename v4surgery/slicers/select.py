@@ -379,6 +379,8 @@ def target_format(template: Template, parent_format: str, dtype: str) -> str:
             return FP8_F32 if parent_format == FP8_F32 else FP8
     if dtype != "native" and parent_format in QUANTIZED:
         return BF16  # older Base revisions quantize the compressor; only linears stay quantized
+    if dtype != "native" and template.storage == BF16 and parent_format == F32:
+        return BF16  # transformers saves norms in F32
     return parent_format
 
 

@@ -234,6 +234,8 @@ class EditJob:
             if edit.factor == 1.0 and edit.fmt == BF16:
                 part: NDArray[Any] = self._decoder(self.parent, source, rows, cols)
                 self._check_finite((part & 0x7F80) == 0x7F80)
+                if source.fmt == F32:
+                    self._count_rounded(part, self.parent.read_codes(source, rows, cols)[0])
             else:
                 codes, scales = self.parent.read_codes(source, rows, cols)
                 values = decode(source.fmt, codes, scales, "f32").astype(np.float64) * edit.factor
@@ -328,17 +330,35 @@ class EditJob:
                 hint="store: {nonfinite: warn} keeps them where the format can",
             )
 
+    def _count_rounded(self, bits: NDArray[np.uint16], values: NDArray[np.float32]) -> None:
+        changed = np.count_nonzero(formats.bf16_to_f32(bits) != values)
+        self.state["rounded"] = self.state.get("rounded", 0) + int(changed)
+
     def _count(self, values: NDArray[np.float32], again: NDArray[np.float32]) -> None:
         stats = formats.quantized_error(values, again)
         for name in ("count", "num_changed", "num_nonfinite", "sum_sq_err", "sum_sq"):
             self.state[name] = self.state.get(name, 0) + getattr(stats, name)
         self.state["max_abs"] = max(self.state.get("max_abs", 0.0), stats.max_abs)
+        if self.edit.fmt in (FP8, FP8_F32):  # a chunk is whole rows of blocks
+            changed = _by_block(values != again)
+            self.state["blocks"] = self.state.get("blocks", 0) + changed.size
+            lost = int(np.count_nonzero(changed))
+            self.state["blocks_changed"] = self.state.get("blocks_changed", 0) + lost
 
 
 def _narrowed(values: NDArray[np.float32], fmt: str) -> NDArray[Any]:
     if fmt == F32:
         return values
     return values.astype(np.float16) if fmt == F16 else formats.f32_to_bf16(values)
+
+
+def _by_block(flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether any value of each 128x128 block is flagged."""
+    row_starts = np.arange(0, flags.shape[0], formats.FP8_BLOCK)
+    col_starts = np.arange(0, flags.shape[1], formats.FP8_BLOCK)
+    by_row = np.logical_or.reduceat(flags, row_starts, axis=0)
+    result: NDArray[np.bool_] = np.logical_or.reduceat(by_row, col_starts, axis=1)
+    return result
 
 
 def _largest_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
