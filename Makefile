@@ -1,4 +1,4 @@
-# make demo: install, build the parent in the box, cut it, verify the replica.
+# make demo: install, cut the trained parent in the box, verify the replica, judge it.
 # make test: install with the development tools, run the tests.
 
 PYTHON ?= python3
@@ -18,11 +18,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/v4surgery synth --like demo --out demo/parent
-	$(BIN)/v4surgery slice --recipe demo --parent demo/parent --out demo/replica
-	$(BIN)/v4surgery verify demo/replica --parent demo/parent
+	$(BIN)/v4surgery slice --recipe python-8m --out demo/replica
+	$(BIN)/v4surgery verify demo/replica
+	$(BIN)/v4surgery validate demo/replica --prompts python-14m --tokens 48 --report demo/report
+	$(BIN)/v4surgery generate demo/replica --prompt "import numpy as np" --max-new-tokens 24
 	@echo
 	@echo "The replica is in demo/replica: config.json, safetensors, recipe.yaml, v4surgery.json."
+	@echo "How close it is to its parent, layer by layer: demo/report/report.html"
 	@echo "Next: $(BIN)/v4surgery inspect demo/replica"
 	@echo "      $(BIN)/v4surgery recipes list"
 	@echo "      $(BIN)/v4surgery slice --recipe mini3b --parent path/to/DeepSeek-V4-Flash"

@@ -31,7 +31,7 @@ import v4surgery
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.model.loader import load_model
 from v4surgery.model.numerics import Numerics
-from v4surgery.parents import held_out_prompts
+from v4surgery.parents import HELD_OUT_FILE, parent_folder
 from v4surgery.recipes import load_recipe
 from v4surgery.text.prompts import PromptEncoder, read_prompts
 from v4surgery.text.tokenizer import read_tokenizer
@@ -57,7 +57,7 @@ class Axis:
 
 AXES = (
     Axis("layers", ("layers", "count"), 10),
-    Axis("experts", ("experts", "keep"), 16, ("gate",)),
+    Axis("experts", ("experts", "keep"), 16, ("gate", "frequency")),
     Axis("neurons", ("moe_intermediate_size", "keep"), 128),
     Axis("groups of heads", ("heads", "groups", "keep"), 4),
     Axis("heads of a group", ("heads", "per_group", "keep"), 2),
@@ -67,7 +67,7 @@ AXES = (
     Axis("nope dims", ("head_dim", "nope", "keep"), 64),
     Axis("index heads", ("indexer", "heads", "keep"), 4),
 )
-SHAPES = ("python-7m",)
+SHAPES = ("python-8m",)
 """Built-in recipes of the parent in the box."""
 
 
@@ -131,9 +131,8 @@ def chosen_by(keep: object, way: str) -> object:
     if not isinstance(keep, dict):
         return keep
     changed = {key: chosen_by(value, way) for key, value in keep.items()}
-    if "by" in changed:
+    if changed.pop("method", None) or "by" in changed:
         changed["by"] = way
-        changed.pop("method", None)
     return changed
 
 
@@ -176,9 +175,9 @@ class Judge:
 
 def held_out_ids(parent: Checkpoint, *, measured: bool) -> list[int]:
     """Documents of odd number (measured) or of even number, each ended by EOS."""
-    path = held_out_prompts(PARENT)
-    assert path is not None
-    prompts = read_prompts(path)[1 if measured else 0 :: 2]
+    folder = parent_folder(PARENT)
+    assert folder is not None
+    prompts = read_prompts(folder / HELD_OUT_FILE)[1 if measured else 0 :: 2]
     encoder = PromptEncoder(parent.config, read_tokenizer(parent))
     end = parent.config.eos_token_id
     return [i for prompt in encoder.encode_all(prompts) for i in (*prompt.ids, end)]
@@ -225,13 +224,19 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 2, 12))
     parser.add_argument("--tokens", type=int, default=1 << 20, help="at most, of each half")
     parser.add_argument("--axis", action="append", help="only these")
+    parser.add_argument("--way", action="append", help="only these")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--write-scores", type=Path, help="only score the parent, into this file")
     parser.add_argument("--render", type=Path, help="make a table and a plot of a file of lines")
     options = parser.parse_args()
     if options.render:
         from fidelity_report import render
 
         render(options.render)
+        return
+    if options.write_scores:
+        with v4surgery.open(PARENT) as parent:
+            write_scores(parent, options.write_scores, options.device, options.tokens)
         return
     device_name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     about = {
@@ -244,7 +249,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, v4surgery.open(PARENT) as parent:
         scores = Path(folder) / "scores.safetensors"
         write_scores(parent, scores, options.device, options.tokens)
-        wanted = [c for c in cases(str(scores)) if not options.axis or c.axis in options.axis]
+        wanted = [
+            case
+            for case in cases(str(scores))
+            if (not options.axis or case.axis in options.axis)
+            and (not options.way or case.way in options.way)
+        ]
         context = multiprocessing.get_context("spawn")
         arguments = (options.device, options.tokens)
         with context.Pool(options.processes, _prepare, arguments) as pool:

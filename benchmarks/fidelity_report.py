@@ -14,6 +14,7 @@ WAYS = (
     "even",
     "norm",
     "gate",
+    "frequency",
     "scores",
     "svd of weights",
     "svd",
@@ -25,11 +26,11 @@ INTRODUCTION = """# What a cut costs, by how its units are chosen
 
 KL divergence from the parent's predictions, in nats a token, on held-out text: the parent in the
 box, python-14m, with one axis cut and everything else whole. `random` is the mean of five seeds,
-with the least and the largest; `even`, `norm` and `gate` need no data; `scores`, `svd` and `pca`
-were given activations on other held-out documents ([scores.md](scores.md),
+with the least and the largest; `even`, `norm` and `gate` need no data; `scores` (the default score
+of each axis, `reap` for experts), `frequency`, `svd` and `pca` were given activations on other
+held-out documents ([scores.md](scores.md),
 [methods.md](methods.md)). Nothing was trained after cutting. Weights are stored as float32, so that
-only the cut is measured. The parent is small: what holds
-for it need not hold for V4-Flash.
+only the cut is measured. The parent is small: what holds for it need not hold for V4-Flash.
 
 Made by `python benchmarks/fidelity.py --device cuda --out docs/fidelity.jsonl` and
 `python benchmarks/fidelity.py --render docs/fidelity.jsonl`.

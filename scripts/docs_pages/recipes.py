@@ -11,9 +11,10 @@ import yaml
 
 from docs_pages.markdown import code, fenced, table
 from v4surgery.checkpoint.layout import INDEX_FILE
-from v4surgery.checkpoint.reader import CONFIG_FILE, Checkpoint
+from v4surgery.checkpoint.reader import CONFIG_FILE, Checkpoint, open_checkpoint
 from v4surgery.checkpoint.source import Source
 from v4surgery.cli._output import count, size
+from v4surgery.parents import parent_folder
 from v4surgery.recipes import builtin_names, builtin_path, load_recipe, loader, schema
 from v4surgery.slicers.plan import make_plan
 from v4surgery.synth import plan_synthesis
@@ -72,7 +73,8 @@ def recipes_page() -> Iterator[str]:
     yield (
         "Parameters are logical ones (FP4 unpacked, scales and hash tables left out), drafter "
         "included; *active* is what one token meets, without the drafter. Reads and writes are "
-        "those of the recipe's own parent, V4-Flash (`demo`: of `v4surgery synth --like demo`)."
+        "those of the recipe's own parent, V4-Flash or the one in the box (`demo`: of `v4surgery "
+        "synth --like demo`)."
     )
     yield builtin_table()
     yield "## Choosing units"
@@ -224,7 +226,9 @@ def builtin_table() -> str:
     rows = []
     for name in builtin_names():
         recipe = load_recipe(name)
-        plan = make_plan(headers("flash" if recipe.parent else "demo"), recipe)
+        boxed = parent_folder(recipe.parent) if recipe.parent else None
+        parent = headers("flash" if recipe.parent else "demo")
+        plan = make_plan(parent if boxed is None else open_checkpoint(boxed), recipe)
         rows.append(
             (
                 code(name),

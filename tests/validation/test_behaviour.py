@@ -72,7 +72,7 @@ def test_a_depth_only_replica_is_exact_at_every_layer_when_taught(
     assert found.logits.to_json()["kl"] > 0
 
 
-def test_experts_that_hold_all_chosen_ones_are_exact(tmp_path: Path) -> None:
+def test_experts_that_hold_all_chosen_ones_change_nothing(tmp_path: Path) -> None:
     changes = {**TINY, "n_routed_experts": 16}
     with v4surgery.open(write_parent(tmp_path / "p", changes=changes)) as parent:
         ids = [[3, 1]]
@@ -81,8 +81,14 @@ def test_experts_that_hold_all_chosen_ones_are_exact(tmp_path: Path) -> None:
         kept = sorted(chosen | {min(set(range(16)) - chosen)})
         assert len(kept) < 16
         found = behaviour(cut(parent, tmp_path / "r", {"experts": kept}), parent, ids)
+        # A gate of fewer rows may be multiplied in another order: D products, each rounded, change
+        # a weight by D units at most, and so what the experts of each layer add to the streams.
+        bound = len(found.layers) * parent.config.hidden_size * 2**-24
         for way in WAYS:
-            assert_exact(found, way)
+            for layer in found.layers:
+                assert set(layer.taps[way]) == set(BLOCK_TAPS)
+                assert layer.router[way].share == 1
+                assert max(tap.relative_error for tap in layer.taps[way].values()) <= bound
 
 
 def test_numbers_are_those_of_two_whole_runs(tiny_case: Case) -> None:

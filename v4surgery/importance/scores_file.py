@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from v4surgery.checkpoint.appended import AppendedFile
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.errors import OutputError, PlanError
+from v4surgery.parents import SCORES_FILE, boxed_file
 
 METADATA_KEY = "v4surgery.scores"
 FORMAT = 1
@@ -35,7 +36,7 @@ class ScoresFile:
     """A scores file opened for reading.
 
     Attributes:
-        path: The file.
+        path: The file; given as the name of a parent in the box, that parent's.
         about: What its metadata says.
 
     Raises:
@@ -45,7 +46,7 @@ class ScoresFile:
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self.path = path
+        self.path = path = boxed_file(path, SCORES_FILE)
         try:
             opened: Any = safe_open
             self._file = opened(path, framework="numpy")

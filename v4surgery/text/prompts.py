@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from v4surgery.config import V4Config
 from v4surgery.errors import UsageError
-from v4surgery.parents import held_out_prompts
+from v4surgery.parents import HELD_OUT_FILE, boxed_file
 from v4surgery.text.chat import SYSTEM, USER, Message, format_chat
 from v4surgery.text.tokenizer import Tokenizer
 
@@ -235,8 +235,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         UsageError: The file cannot be read, holds none, or one that is wrong.
     """
-    held_out = None if path.exists() else held_out_prompts(path)
-    path = held_out or path
+    path = boxed_file(path, HELD_OUT_FILE)
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
