@@ -20,8 +20,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/v4surgery slice --recipe python-8m --out demo/replica
 	$(BIN)/v4surgery verify demo/replica
-	$(BIN)/v4surgery validate demo/replica --prompts python-14m --tokens 48 --report demo/report
-	$(BIN)/v4surgery generate demo/replica --prompt "import numpy as np" --max-new-tokens 24
+	head -n 4 v4surgery/parents/python-14m/heldout.jsonl > demo/prompts.jsonl
+	$(BIN)/v4surgery validate demo/replica --prompts demo/prompts.jsonl --tokens 192 --report demo/report
+	$(BIN)/v4surgery generate demo/replica --prompt "import numpy as np" --max-new-tokens 12
 	@echo
 	@echo "The replica is in demo/replica: config.json, safetensors, recipe.yaml, v4surgery.json."
 	@echo "How close it is to its parent, layer by layer: demo/report/report.html"
