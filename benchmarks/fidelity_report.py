@@ -65,21 +65,13 @@ def _page(lines: list[Line], picture: str) -> str:
     ]
     groups = _grouped(lines)
     axes = {axis: shares for axis, shares in groups.items() if set(shares) != {1.0}}
-    columns = [
-        way for way in WAYS if any(way in ways for s in axes.values() for ways in s.values())
-    ]
-    parts.append("| axis | kept | " + " | ".join(columns) + " |")
-    parts.append("|---" * (len(columns) + 2) + "|")
-    for axis, shares in axes.items():
-        for share, ways in shares.items():
-            cells = [_cell(ways.get(way, [])) for way in columns]
-            parts.append(f"| {axis} | {share:.0%} | " + " | ".join(cells) + " |")
+    parts += [*_table(axes, "kl"), "", "## Perplexity of the same", "", *_table(axes, "perplexity")]
     for name in groups.keys() - axes.keys():
         parts += ["", f"The built-in recipe `{name}`, every axis at once:", ""]
         parts += ["| way | KL | perplexity |", "|---|---|---|"]
         for way, found in groups[name][1.0].items():
             perplexity = mean(line["perplexity"] for line in found)
-            parts.append(f"| {way} | {_cell(found)} | {perplexity:.2f} |")
+            parts.append(f"| {way} | {_cell(found, 'kl')} | {perplexity:.2f} |")
     failed = [line for line in lines if "error" in line]
     if failed:
         parts += ["", "Not possible:", ""]
@@ -87,13 +79,26 @@ def _page(lines: list[Line], picture: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _cell(found: list[Line]) -> str:
-    values = [line["kl"] for line in found]
+def _table(axes: dict[str, dict[float, dict[str, list[Line]]]], measure: str) -> list[str]:
+    """A row for each axis and share, a column for each way that some axis has."""
+    present = {way for shares in axes.values() for ways in shares.values() for way in ways}
+    columns = [way for way in WAYS if way in present]
+    rows = ["| axis | kept | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for axis, shares in axes.items():
+        for share, ways in shares.items():
+            cells = [_cell(ways.get(way, []), measure) for way in columns]
+            rows.append(f"| {axis} | {share:.0%} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def _cell(found: list[Line], measure: str) -> str:
+    values = [line[measure] for line in found]
     if not values:
         return ""
+    digits = ".3f" if measure == "kl" else ".4g"
     if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        return f"{values[0]:{digits}}"
+    return f"{mean(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
 
 
 def _plot(lines: list[Line], path: Path) -> None:
