@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-# Before numpy is loaded: matrices are tiny, and several test workers share the cores.
+# Before numpy and torch are loaded: models are tiny, and several test workers share the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support import parents
 

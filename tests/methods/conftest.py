@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,6 @@ def half(parent: Parent, tmp_path_factory: pytest.TempPathFactory) -> Cut:
 def cut(tmp_path: Path) -> Cutter:
     (tmp_path / "replicas").mkdir()
     return cutter(tmp_path / "replicas")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 Logits = Callable[[Path], Tensor]

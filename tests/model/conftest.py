@@ -12,7 +12,7 @@ which no two of a query's scores are equal.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,15 +140,6 @@ class Models:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     return Models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Operations are tiny: a second thread costs more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from tests.replicas.support import (
     token_ids,
 )
 from tests.support.parents import write_parent
+from v4surgery.parents import parent_folder
 from v4surgery.recipes import builtin_names
 from v4surgery.slicers.rope import cut_rope
 
@@ -194,13 +195,15 @@ BUILTIN = {
     ),
     "nano": Case("deep", _widths(128, 128, 48), {"num_hidden_layers": 7, "n_routed_experts": 8}),
     "tiny-ci": Case("deep", (), {"num_hidden_layers": 4, "hidden_size": 64}),
+    "python-8m": Case("box", (), {"num_hidden_layers": 9, "n_routed_experts": 12}),
 }
 
 
 @pytest.fixture(scope="module")
 def flash_parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("flash")
-    return {
+    folder, boxed = tmp_path_factory.mktemp("flash"), parent_folder("python-14m")
+    assert boxed is not None
+    return {"box": boxed} | {
         name: write_parent(
             folder / name,
             "flash",

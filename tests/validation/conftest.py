@@ -4,21 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import v4surgery
 from tests.support.parents import write_parent
 from tests.validation.masked_support import KEEP, TINY, Case, make_case
 from v4surgery.checkpoint.reader import Checkpoint
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """The models are tiny: threads of several test workers would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
