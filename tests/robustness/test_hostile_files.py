@@ -24,9 +24,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import v4surgery as v4
+from tests.slicers.test_vocabulary import train, with_tokenizer
 from tests.support import mutants, parents
 from tests.support.scores import write_scores
-from tests.slicers.test_vocabulary import train, with_tokenizer
 from v4surgery.checkpoint.saved_names import SAVED_NAMES
 from v4surgery.cli import main
 from v4surgery.recipes import Recipe
@@ -163,12 +163,7 @@ SURFACES = {
     "replica's config": Surface("replica/config.json", JSON, VERIFY),
     "bases": Surface("mixed/v4surgery.bases", HEADER, VERIFY_MIXED),
     "values of bases": Surface("mixed/v4surgery.bases", PAYLOAD, VERIFY_MIXED),
-    "scores": Surface(
-        "scores", HEADER, "plan -r {0}/by.yaml -p {0}/parent --scores {0}/scores"
-    ),
-    "values of scores": Surface(
-        "scores", PAYLOAD, "plan -r {0}/by.yaml -p {0}/parent --scores {0}/scores"
-    ),
+    "scores": Surface("scores", HEADER, "plan -r {0}/by.yaml -p {0}/parent --scores {0}/scores"),
     "moments": Surface(
         "scores", HEADER, "slice -r {0}/mix.yaml -p {0}/parent --scores {0}/scores -o {0}/out"
     ),
@@ -221,7 +216,7 @@ def problem_of(code: int, text: str) -> str | None:
     """What is wrong with an answer; None if it is a result, or a clear error."""
     if code not in (0, 1, 2, 3):
         return f"exit code {code}"
-    if "unexpected" in text or "Traceback" in text:
+    if "error: unexpected" in text or "Traceback" in text:
         return "an error that is not ours"
     if code in (1, 2) and not any(line.startswith("error: ") for line in text.splitlines()):
         return "no error"
