@@ -83,7 +83,10 @@ RECORDS: dict[str, tuple[dict[str, Any], str]] = {
     "a unit that is not there": ({"kept": {"n_routed_experts": [0, 99]}}, "units of the parent"),
     "a negative unit": ({"kept": {"n_routed_experts": [0, -1]}}, "a list of {target, source"),
     "a huge unit": ({"kept": {"n_routed_experts": [0, 2**64]}}, "a list of {target, source"),
-    "a dim that is none": ({"kept": {"n_routed_experts": [0, 1], "dim": [0]}}, "does not fit its parent"),
+    "a dim that is none": (
+        {"kept": {"n_routed_experts": [0, 1], "dim": [0]}},
+        "does not fit its parent",
+    ),
     "rows of unequal length": ({"kept": {"group_heads": [[0], [0, 1]]}}, "a list of {target"),
     "deep nesting": ({"kept": {"group_heads": [[[[[0]]]]]}}, ""),
 }

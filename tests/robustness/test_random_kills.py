@@ -118,9 +118,7 @@ def test_killed_verb_goes_on_to_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_fifty_kills_then_the_same_bytes(
-    name: str, verbs: dict[str, Verb], tmp_path: Path
-) -> None:
+def test_fifty_kills_then_the_same_bytes(name: str, verbs: dict[str, Verb], tmp_path: Path) -> None:
     kills = 10 if name == "score" else KILLS
     assert disturb(verbs[name], tmp_path, random.Random(50), kills) == kills
 
