@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import statistics
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -102,17 +103,22 @@ def test_sixteen_slices_from_a_hub_with_faults_all_end_with_the_right_bytes(
     def unlucky(request: LoggedRequest) -> bool:
         return rng.random() < FAULT_SHARE / len(faults)
 
-    faults: list[Any] = [None] * 6
+    uses: Counter[str] = Counter()
+
+    def expired(request: LoggedRequest) -> bool:
+        """A link is good for ten requests, and then no more."""
+        uses[request.path] += request.origin == "storage"
+        return uses[request.path] > 10
+
+    faults: list[Any] = [None] * 5
     faults = [
         hub.inject("status", unlucky, times=None, status=503),
         hub.inject("status", unlucky, times=None, status=429, headers={"Retry-After": "1"}),
         hub.inject("reset", unlucky, times=None),
         hub.inject("cut", unlucky, times=None, after=100),
         hub.inject("ignore_range", lambda r: r.range is not None and unlucky(r), times=None),
-        hub.inject(
-            "status", lambda r: r.origin == "storage" and unlucky(r), times=None, status=403
-        ),
     ]
+    links = hub.inject("status", expired, times=None, status=403)
 
     def cut(number: int) -> dict[str, bytes]:
         with open_parent() as parent:
@@ -124,6 +130,7 @@ def test_sixteen_slices_from_a_hub_with_faults_all_end_with_the_right_bytes(
     assert all(weights == wanted for weights in found)
     met = sum(fault.met for fault in faults)
     assert met > 0.02 * len(hub.requests()), (met, len(hub.requests()))
+    assert links.met
     for number in range(NUM_CONCURRENT):
         assert not (tmp_path / f"far{number}" / ".v4surgery").exists()
 
