@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint docs docs-check clean
+.PHONY: demo test test-minimal lint audit docs docs-check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,25 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The oldest versions that pyproject.toml promises, in an environment of their own.
+MINIMAL := $(VENV)-minimal
+MINIMAL_TESTS := tests/cli/test_verbs.py tests/cli/test_errors.py tests/recipes/test_recipe_loader.py \
+  tests/recipes/test_recipe_schema.py tests/hub/test_push.py tests/hub/test_remote.py \
+  tests/slicers/test_storage.py tests/kernels/test_rms_norm.py tests/robustness/test_oldest.py
+
+$(MINIMAL)/.installed: pyproject.toml constraints-minimal.txt
+	$(PYTHON) -m venv $(MINIMAL)
+	$(MINIMAL)/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-minimal.txt -e .
+	touch $@
+
+# Old versions warn of their own age.
+test-minimal: $(MINIMAL)/.installed
+	$(MINIMAL)/bin/python -m pytest -q -n 2 --dist loadfile -W ignore::DeprecationWarning $(MINIMAL_TESTS)
+
+# Offline; known vulnerabilities are looked up by `pip-audit -r constraints.txt`, with a network.
+audit: $(VENV)/.installed-dev
+	$(BIN)/python scripts/audit_dependencies.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,4 +64,4 @@ docs-check: $(VENV)/.installed-dev
 	$(BIN)/python scripts/generate_docs.py --check
 
 clean:
-	rm -rf $(VENV) demo out build dist *.egg-info
+	rm -rf $(VENV) $(MINIMAL) demo out build dist *.egg-info

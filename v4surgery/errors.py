@@ -65,7 +65,17 @@ class V4SurgeryError(Exception):
         lines += [f"  {label}: {item}" for label, item in labelled if item is not None]
         if self.hint is not None:
             lines.append(f"  next: {self.hint}")
-        return "\n".join(lines)
+        return "\n".join(map(_printable, lines))
+
+
+def _printable(text: str) -> str:
+    """Names and values are a stranger's: what could move the cursor is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 class UsageError(V4SurgeryError):

@@ -50,7 +50,7 @@ def test_six_mistakes_as_json_are_six_problems(v4: Run) -> None:
         (("frob",), "No such command 'frob'"),
         (("plan",), "Missing option '--recipe' / '-r'"),
         (("plan", "--recipe"), "Option '--recipe' requires an argument"),
-        (("plan", "--recipe", "demo", "--frob"), "No such option: --frob"),
+        (("plan", "--recipe", "demo", "--frob"), "No such option"),
         (("inspect",), "Missing argument 'MODEL'"),
         (("verify", "x", "--sample", "0"), "'--sample'"),
         (("slice", "-r", "demo", "--max-workers", "many"), "'--max-workers'"),

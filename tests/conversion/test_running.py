@@ -11,9 +11,9 @@ import pytest
 
 import v4surgery as v4surgery_package
 from tests.cli.conftest import Run, Start
-from tests.cli.test_crash import digests, journal, kill
 from tests.conversion.conftest import write_wide
 from tests.hub.remote_support import quick_patience, weights_of
+from tests.robustness.test_crash import digests, journal, kill
 from tests.support.hub import LoopbackHub
 from tests.support.parents import write_parent
 

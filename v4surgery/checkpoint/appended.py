@@ -7,13 +7,16 @@ whole.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from v4surgery.checkpoint.header import build_header
 from v4surgery.checkpoint.shard import PART
+from v4surgery.errors import OutputError
 
 _COPY_BYTES = 16 << 20
 
@@ -28,31 +31,65 @@ class AppendedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._entries: list[tuple[str, str, tuple[int, ...]]] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._payload = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - closed by the end
+        with _told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._payload = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - see drop
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def append(self, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> None:
-        """Add a tensor; ``dtype`` is safetensors' name of it."""
+        """Add a tensor; ``dtype`` is safetensors' name of it.
+
+        Raises:
+            OutputError: The disk does not take it.
+        """
         self._entries.append((name, dtype, shape))
-        self._payload.write(data)
+        with _told(self.path):
+            self._payload.write(data)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
-        """Write the file."""
-        with self._payload:
-            header = build_header(self._entries, metadata)
-            part = self.path.with_name(self.path.name + PART)
-            self._payload.seek(0)
-            with part.open("wb") as file:
-                file.write(header)
-                while block := self._payload.read(_COPY_BYTES):
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self.path)
+        """Write the file.
+
+        Raises:
+            OutputError: The disk does not take it; what stood there stays.
+        """
+        header = build_header(self._entries, metadata)
+        part = self.path.with_name(self.path.name + PART)
+        try:
+            with _told(self.path):
+                self._payload.seek(0)
+                self._copy(header, part)
+                part.replace(self.path)
+        finally:
+            self.drop()
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+    def _copy(self, header: bytes, part: Path) -> None:
+        with part.open("wb") as file:
+            file.write(header)
+            while block := self._payload.read(_COPY_BYTES):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
 
     def drop(self) -> None:
         """Forget everything; no file is written."""
-        self._payload.close()
+        with contextlib.suppress(OSError):  # of what a full disk did not take before
+            self._payload.close()
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turns an OSError into an OutputError that says what is lost."""
+    try:
+        yield
+    except OSError as error:
+        code = errno.errorcode.get(error.errno or 0, "unknown")
+        raise OutputError(
+            f"writing failed: {error.strerror or error}",
+            where=path,
+            value=f"{code}; nothing of this run is kept",
+            hint="mend the cause and run the same command again",
+        ) from error

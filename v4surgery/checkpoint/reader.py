@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, overload
 
@@ -341,7 +342,7 @@ def _read_index(source: Source, names: list[str]) -> dict[str, str] | None:
         return None
     where = f"{source.name}/{INDEX_FILE}"
     try:
-        data = json.loads(_read_json_file(source, INDEX_FILE))
+        data = json.loads(_read_json_file(source, INDEX_FILE), object_pairs_hook=_unique)
         weight_map = data["weight_map"]
         if not isinstance(weight_map, dict):
             raise TypeError(f"weight_map is a {type(weight_map).__name__}")
@@ -353,6 +354,15 @@ def _read_index(source: Source, names: list[str]) -> dict[str, str] | None:
             rule='a JSON object {"metadata": {...}, "weight_map": {tensor: shard}}',
         ) from None
     return {name: safe_basename(shard, where) for name, shard in weight_map.items()}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that stands twice another reader may take the other one."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name[:160]!r} stands twice")
+    return table
 
 
 def _shard_files(

@@ -6,7 +6,10 @@ result; progress, warnings and errors go to stderr.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+from itertools import pairwise
 from typing import Annotated, NoReturn
 
 import typer
@@ -31,6 +34,7 @@ from v4surgery.cli import (
 from v4surgery.errors import V4SurgeryError
 
 INTERRUPTED = 130
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
 
 app = typer.Typer(
     name="v4surgery",
@@ -92,20 +96,30 @@ def main(args: list[str] | None = None) -> NoReturn:
             )
         raise
     except Exception as error:
-        _report(error, debug="--debug" in arguments)
+        _report(error, arguments)
         raise SystemExit(error.exit_code if isinstance(error, V4SurgeryError) else 1) from None
 
 
-def _report(error: Exception, *, debug: bool) -> None:
-    if debug:
+def _report(error: Exception, arguments: list[str]) -> None:
+    if "--debug" in arguments:
         import traceback
 
-        typer.echo(traceback.format_exc(), err=True, nl=False)
+        text = traceback.format_exc().rstrip("\n")
     elif isinstance(error, V4SurgeryError):
-        typer.echo(f"error: {error}", err=True)
+        text = f"error: {error}"
     else:
-        typer.echo(
+        text = (
             f"error: unexpected {type(error).__name__}: {error}\n"
-            "  next: run it again with `v4surgery --debug ...` and report the traceback",
-            err=True,
+            "  next: run it again with `v4surgery --debug ...` and report the traceback"
         )
+    typer.echo(_without_tokens(text, arguments), err=True)
+
+
+def _without_tokens(text: str, arguments: list[str]) -> str:
+    """The last resort: an exception of a library may quote the header that it choked on."""
+    words = [word for word in arguments if word.startswith("--token=")]
+    given = [word.removeprefix("--token=") for word in words]
+    given += [b for a, b in pairwise(arguments) if a == "--token"]
+    for token in filter(None, (os.environ.get("HF_TOKEN"), *given)):
+        text = text.replace(token, "hf_***")
+    return _TOKEN.sub("hf_***", text)

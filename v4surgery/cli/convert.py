@@ -110,7 +110,7 @@ def run(
     if as_json:
         print_json(result)
     else:
-        show_done(result, checkpoint)
+        show_done(result, checkpoint, warns=nonfinite != "keep")
 
 
 def _policy(name: str) -> str:
@@ -149,12 +149,12 @@ def show(summary: dict[str, Any]) -> None:
     say(f"writes: {size(summary['bytes_written'])} in {len(summary['files'])} file(s)")
 
 
-def show_done(result: dict[str, Any], checkpoint: str) -> None:
-    """Print what was done, lost and rounded."""
+def show_done(result: dict[str, Any], checkpoint: str, *, warns: bool) -> None:
+    """Print what was done, lost and rounded; with ``warns`` each weight that is not finite."""
     from v4surgery.cli._output import say, size, warn
 
     out, report = result["out"], result["report"]
-    for stem, number in report["nonfinite"].items():
+    for stem, number in report["nonfinite"].items() if warns else ():
         warn(f"{stem}: {number} values are NaN or infinite")
     if result["already_complete"]:
         say(f"{out}: already complete, nothing to do")

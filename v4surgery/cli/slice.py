@@ -117,8 +117,9 @@ def run(
             }
         )
         return
-    for stem, number in replica.report["nonfinite"].items():
-        warn(f"{stem}: {number} values are NaN or infinite")
+    if loaded.store.nonfinite != "keep":
+        for stem, number in replica.report["nonfinite"].items():
+            warn(f"{stem}: {number} values are NaN or infinite")
     if written.already_complete:
         say(f"{target}: already complete, nothing to do")
     elif written.chunks_reused:

@@ -87,10 +87,13 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
     return _resolve(text, source, path, overrides, problems)
 
 
-def recipe_from_text(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
+def recipe_from_text(
+    text: str, source: str, overrides: Sequence[str] = (), *, is_whole: bool = False
+) -> Recipe:
     """Returns the recipe that ``text`` holds; ``source`` is named in errors.
 
-    A relative ``extends`` starts at the folder of ``source``.
+    A relative ``extends`` starts at the folder of ``source``; with ``is_whole`` it is a problem,
+    and no file is opened.
 
     Raises:
         RecipeError: The recipe or an override has problems; it holds all of them.
@@ -100,7 +103,7 @@ def recipe_from_text(text: str, source: str, overrides: Sequence[str] = ()) -> R
     if len(text) > MAX_BYTES:
         problems.append(Problem(Place(named, 1), (), _too_large()))
         raise _recipe_error(named, problems)
-    return _resolve(text, named, Path(source), overrides, problems)
+    return _resolve(text, named, None if is_whole else Path(source), overrides, problems)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -112,9 +115,9 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _resolve(
-    text: str, source: Source, path: Path, overrides: Sequence[str], problems: list[Problem]
+    text: str, source: Source, path: Path | None, overrides: Sequence[str], problems: list[Problem]
 ) -> Recipe:
-    root = _tree(text, source, [path], problems)
+    root = _tree(text, source, [] if path is None else [path], problems)
     if root is None:
         raise _recipe_error(source, problems)
     for index, override in enumerate(overrides):
@@ -177,7 +180,10 @@ def _read_text(path: Path, source: Source, problems: list[Problem]) -> str | Non
 
 
 def _tree(text: str, source: Source, chain: list[Path], problems: list[Problem]) -> Node | None:
-    """The tree of a text laid over all that it extends; ``chain`` ends with its own path."""
+    """The tree of a text laid over all that it extends.
+
+    ``chain`` ends with its own path; empty where it may not extend anything.
+    """
     root = read_nodes(text, source, problems)
     if root is None or not isinstance(root.value, dict):
         return root
@@ -203,6 +209,8 @@ def _extended(
 
 
 def _extends_target(name: object, source: Source, chain: list[Path]) -> tuple[Path, Source]:
+    if not chain:
+        raise UsageError("a recipe that was resolved extends nothing")
     if not isinstance(name, str):
         raise UsageError("must be the name of a built-in recipe, or a path")
     if source.rank == MAX_EXTENDS:

@@ -192,7 +192,9 @@ class Store(Section):
         default=None, description="Largest shard, in bytes or as 5GB, 500MB, 2GiB."
     )
     nonfinite: Literal["error", "warn", "keep"] = Field(
-        default="error", description="What happens where a decoded weight is NaN or infinite."
+        default="error",
+        description="What happens where a decoded weight is NaN or infinite: stop; keep it, say so "
+        "and count it in the record; or keep it and only count it.",
     )
 
 

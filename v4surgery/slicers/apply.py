@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def slice_plan(
         nonlocal bases
         if plan.bases:
             bases = prepare_bases(plan, out, progress)
+            opened.callback(bases.close)
             for job in jobs:
                 if isinstance(job, EditJob):
                     job.bases = bases
@@ -116,17 +118,18 @@ def slice_plan(
     workers = max(min(workers, memory_bytes // worker_bytes(plan)), 1)
     plan.parent.source.will_read(long_spans(plan), workers)
     writer_jobs: list[Job] = list(jobs)
-    written = write_checkpoint(
-        out,
-        plan.shards,
-        writer_jobs,
-        plan_id=plan.plan_hash,
-        workers=workers,
-        prepare=prepare,
-        extra_files=extra_files,
-        progress=progress,
-        cancel=plan.parent.source.cancel,
-    )
+    with ExitStack() as opened:
+        written = write_checkpoint(
+            out,
+            plan.shards,
+            writer_jobs,
+            plan_id=plan.plan_hash,
+            workers=workers,
+            prepare=prepare,
+            extra_files=extra_files,
+            progress=progress,
+            cancel=plan.parent.source.cancel,
+        )
     if written.already_complete:
         report = json.loads((out / PROVENANCE_FILE).read_text())["report"]
     else:

@@ -66,6 +66,10 @@ class BasisFile:
         self._waiting: OrderedDict[str, Float] = OrderedDict()
         self._norms: dict[str, Float] = {}
 
+    def close(self) -> None:
+        """Closes the folder, once no job computes any more."""
+        self._source.close()
+
     @cached_property
     def digest(self) -> str:
         """BLAKE3 of the whole file."""

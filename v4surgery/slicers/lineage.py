@@ -15,6 +15,7 @@ from v4surgery.summary import dimensions, parameters
 CARD_FILE = "README.md"
 RECORD_FILE = "v4surgery.json"
 MAX_CARD_BYTES = 1_000_000
+MAX_FRONT_MATTER = 64_000
 
 # The Hub server's own pattern of a card's front matter.
 # Source: huggingface_hub/repocard.py, REGEX_YAML_BLOCK.
@@ -24,6 +25,15 @@ _LICENSE_FIELDS = {
     "license_name": re.compile(r"[\w.+-][\w .+-]{0,99}"),
     "license_link": re.compile(r"LICENSE(\.md|\.txt)?|https://[\w.-]+(/[\w./%+-]*)?"),
 }
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases: merging them in one another takes a few lines and all memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a front matter has no aliases")
+        return super().compose_node(parent, index)
 
 
 def describe_parent(parent: Checkpoint) -> dict[str, Any]:
@@ -51,8 +61,10 @@ def describe_parent(parent: Checkpoint) -> dict[str, Any]:
 def front_matter(text: str) -> dict[str, Any]:
     """The YAML block at the head of a card; empty if there is none, or if it is malformed."""
     found = _FRONT_MATTER.match(text)
+    if found and len(found[1]) > MAX_FRONT_MATTER:
+        return {}
     try:
-        data = yaml.safe_load(found[1]) if found else None
+        data = yaml.load(found[1], _PlainLoader) if found else None
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -33,6 +33,7 @@ from v4surgery.slicers.drafters import remap_targets
 from v4surgery.slicers.heads import choose_heads, choose_in_groups
 from v4surgery.slicers.layers import LayerAssignment, assign_layers
 from v4surgery.slicers.pick import check_keep, choose
+from v4surgery.slicers.record_shape import check_selections
 from v4surgery.slicers.rope import RopeCut, cut_rope
 from v4surgery.slicers.selection import BlockSelection, IntArray, Kept, Selections
 from v4surgery.slicers.vocabulary import choose_vocabulary, load_tokenizer, new_token_id
@@ -101,10 +102,11 @@ def restore(
 
     Raises:
         PlanError: The recorded layers cannot be those of the recipe.
+        CheckpointError: Recorded blocks or units that the parent does not have.
     """
     config = parent.config
     sources = {block.prefix: block for block in parent.catalogue.blocks}
-    trunk = [sources[item["source"]] for item in record["blocks"]]
+    trunk = [sources[s] for item in record["blocks"] if (s := item["source"]) in sources]
     ids = tuple(block.index for block in trunk if not block.is_drafter)
     layers = recipe.keep.layers
     if layers is not None:
@@ -115,6 +117,7 @@ def restore(
         parent, recipe, assign_layers(layers, config), _rope(recipe, config), {**whole, **model}
     )
     targets = {block.prefix: block for block in Catalogue(replica).blocks}
+    check_selections(record, targets, parent.catalogue, "v4surgery.json: selections")
     return Selected(Selections.from_json(record, targets, sources), replica, notes, 0)
 
 

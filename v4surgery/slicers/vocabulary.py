@@ -184,7 +184,10 @@ def _json_object(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _dumped(data: Mapping[str, Any]) -> bytes:
-    return json.dumps(data, ensure_ascii=False, indent=2).encode()
+    try:
+        return json.dumps(data, ensure_ascii=False, indent=2).encode()
+    except UnicodeEncodeError:  # a lone surrogate, which came as an escape and goes as one
+        return json.dumps(data, indent=2).encode()
 
 
 def load_tokenizer(text: bytes, where: str) -> dict[str, Any]:
@@ -195,7 +198,7 @@ def load_tokenizer(text: bytes, where: str) -> dict[str, Any]:
     """
     try:
         data = json.loads(text)
-        if data["model"]["type"] == "BPE" and isinstance(data["model"]["vocab"], dict):
+        if data["model"]["type"] == "BPE" and _has_shape(data):
             tokenizer: dict[str, Any] = data
             return tokenizer
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -206,6 +209,27 @@ def load_tokenizer(text: bytes, where: str) -> dict[str, Any]:
         rule="a tokenizer.json with a BPE model",
         hint="leave keep.vocab_size out",
     )
+
+
+def _has_shape(tokenizer: dict[str, Any]) -> bool:
+    """Whether what is cut has the types that it has in every tokenizer.json."""
+    vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"].get("merges", [])
+    added = tokenizer.get("added_tokens", [])
+    return (
+        isinstance(vocab, dict)
+        and all(type(i) is int for i in vocab.values())
+        and isinstance(merges, list)
+        and all(map(_is_merge, merges))
+        and isinstance(added, list)
+        and all(isinstance(token, dict) and type(token["id"]) is int for token in added)
+    )
+
+
+def _is_merge(merge: Any) -> bool:
+    """``"a b"``, or in newer files ``["a", "b"]``."""
+    parts = merge.split(" ", 1) if isinstance(merge, str) else merge
+    is_pair = isinstance(parts, list) and len(parts) == 2
+    return is_pair and all(isinstance(part, str) for part in parts)
 
 
 def _indispensable(config: V4Config, tokenizer: dict[str, Any] | None) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from v4surgery.checkpoint.appended import AppendedFile
 from v4surgery.errors import OutputError
 
 METADATA_KEY = "v4surgery.trace"
+_NAME = re.compile(r"\d{1,9}/(?:embed|logits|(?:layers|mtp)\.\d{1,9}\.[a-z_.]+)")
 DTYPE_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -66,6 +68,24 @@ def read_about(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {})[METADATA_KEY])
-            return about
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise OutputError("not a trace file", where=path, value=str(error)) from None
+            names = list(file.keys())
+        _check_about(about, names)
+        return about
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+        raise OutputError("not a trace file", where=path, value=str(error)[:300]) from None
+
+
+def _check_about(about: Any, names: list[str]) -> None:
+    """Raise ValueError unless the header and the names are of the form that traces have."""
+    if not isinstance(about, dict) or not isinstance(about.get("model"), dict):
+        raise ValueError("the header does not say of which model it is")
+    prompts = about.get("prompts")
+    if not isinstance(prompts, list) or not all(map(_is_ids, prompts)):
+        raise ValueError("prompts are lists of token ids")
+    odd = next((name for name in names if not _NAME.fullmatch(name)), None)
+    if odd is not None:
+        raise ValueError(f"{odd[:80]!r} is not <prompt>/<block><tap>")
+
+
+def _is_ids(ids: Any) -> bool:
+    return isinstance(ids, list) and all(type(i) is int for i in ids)

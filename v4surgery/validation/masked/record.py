@@ -14,9 +14,10 @@ from typing import Any
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.config import V4Config
 from v4surgery.errors import CheckpointError, UsageError
-from v4surgery.recipes import Recipe, recipe_from_text
+from v4surgery.recipes import Recipe
+from v4surgery.slicers.verify import read_recipe
 
-RECORD_FILE, RECIPE_FILE = "v4surgery.json", "recipe.yaml"
+RECORD_FILE = "v4surgery.json"
 
 Units = tuple[int, ...]
 
@@ -111,7 +112,7 @@ def read_record(replica: Checkpoint, parent: Checkpoint) -> Record:
             rule=f"fingerprint {fingerprint[:16]}",
             hint="name the right one with --parent",
         )
-    recipe = recipe_from_text(replica.read_file(RECIPE_FILE).decode(), RECIPE_FILE)
+    recipe = read_recipe(replica)
     model = _Reader(parent.config, selections["model"], where)
     blocks: list[Kept] = []
     previous: dict[str, Any] = {}

@@ -8,6 +8,7 @@ import random
 import re
 import struct
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
+from tests.support.mutants import header_mutant
 from v4surgery.checkpoint.header import (
     MAX_HEADER_BYTES,
     TensorInfo,
@@ -27,7 +29,8 @@ from v4surgery.checkpoint.header import (
 from v4surgery.errors import HeaderError
 from v4surgery.formats import ITEM_BYTES
 
-NUM_MUTANTS = int(os.environ.get("V4SURGERY_FUZZ_MUTANTS", "3000"))
+NUM_MUTANTS = int(os.environ.get("V4SURGERY_FUZZ_MUTANTS", "20000"))
+NUM_SLOW_MUTANTS = 2_000_000
 NUMPY_DTYPES = {
     "I64": np.int64, "U64": np.uint64, "F64": np.float64, "F32": np.float32, "U32": np.uint32,
     "I32": np.int32, "F16": np.float16, "U16": np.uint16, "I16": np.int16, "I8": np.int8,
@@ -412,6 +415,8 @@ SEEDS = [
 def mutant(rng: random.Random) -> bytes:
     """A file one to three edits away from a good one, in its tokens, its bytes or its lengths."""
     file = rng.choice(SEEDS)
+    if rng.random() < 0.1:
+        return header_mutant(rng, file)
     stop = 8 + struct.unpack("<Q", file[:8])[0]
     header, payload = file[8:stop], file[stop:]
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
@@ -498,11 +503,63 @@ def fuzz(num_mutants: int, seed: int) -> tuple[int, int]:
     return num_ours, num_oracle
 
 
+def check_fuzz(num_mutants: int, seed: int) -> None:
+    """Neither side of the comparison may be empty, and we are stricter than the oracle."""
+    num_ours, num_oracle = fuzz(num_mutants, seed)
+    assert num_mutants * 0.04 < num_ours <= num_oracle < num_mutants * 0.5
+
+
 @pytest.mark.parametrize("seed", [20260])
 def test_no_mutant_that_we_accept_is_refused_by_safetensors(seed: int) -> None:
-    num_ours, num_oracle = fuzz(NUM_MUTANTS, seed)
-    # Neither side of the comparison may be empty, and we are stricter than the oracle.
-    assert NUM_MUTANTS * 0.04 < num_ours <= num_oracle < NUM_MUTANTS * 0.5
+    check_fuzz(NUM_MUTANTS, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_no_mutant_of_two_million_is_refused_by_safetensors_alone() -> None:
+    check_fuzz(NUM_SLOW_MUTANTS, 1)
+
+
+counts = st.integers(-2, 20) | st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64, 10**30])
+values = st.none() | st.booleans() | counts | st.floats() | st.text(max_size=3)
+loose_entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([*sorted(ITEM_BYTES), "F4", "C64", "u8", ""]) | values,
+        "shape": st.lists(counts, max_size=3) | values,
+        "data_offsets": st.lists(counts, max_size=3) | values,
+    },
+    optional={"extra": values},
+)
+loose_tables = st.dictionaries(
+    st.sampled_from(["a", "b", "__metadata__", "é", "../x", ""]), loose_entries | values, max_size=3
+)
+
+
+@settings(max_examples=600, deadline=None)
+@given(loose_tables, st.integers(0, 40), st.integers(-2, 2))
+def test_no_table_that_we_accept_is_refused_by_safetensors(
+    table: dict[str, Any], num_bytes: int, shift: int
+) -> None:
+    header = json.dumps(table).encode()
+    file = struct.pack("<Q", max(len(header) + shift, 0)) + header + bytes(num_bytes)
+    try:
+        ours(file)
+    except HeaderError:
+        return
+    assert_same_reading(file)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=80), st.integers(0, 90) | st.none())
+def test_no_bytes_that_we_accept_are_refused_by_safetensors(
+    data: bytes, length: int | None
+) -> None:
+    file = data if length is None else struct.pack("<Q", length) + data
+    try:
+        ours(file)
+    except HeaderError:
+        return
+    assert_same_reading(file)
 
 
 def test_recursion_limit_does_not_decide_what_is_accepted() -> None:
