@@ -43,9 +43,10 @@ def is_rounding(
         return bool((np.abs(_rank(actual, output.dtype) - _rank(expected, output.dtype)) < 2).all())
     if output.dtype not in _UNITS or output is not job.outputs[0]:
         return False
-    a, b = (_TO_F32[output.dtype](data).astype(np.float64) for data in (actual, expected))
-    allowed = job.slack + _UNITS[output.dtype] * np.maximum(np.abs(a), np.abs(b))
-    return bool((np.abs(a - b) <= allowed).all())  # NaN compares false
+    with np.errstate(invalid="ignore"):  # NaN compares false
+        a, b = (_TO_F32[output.dtype](data).astype(np.float64) for data in (actual, expected))
+        allowed = job.slack + _UNITS[output.dtype] * np.maximum(np.abs(a), np.abs(b))
+        return bool((np.abs(a - b) <= allowed).all())
 
 
 def _rank(data: bytes | memoryview, dtype: str) -> NDArray[Any]:

@@ -94,7 +94,8 @@ class EditJob:
             return self._copy(chunk)
         begin = chunk * self._step
         end = min(begin + self._step, self.edit.shape[0])
-        return self._compute_rows(begin, end)
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinities are counted
+            return self._compute_rows(begin, end)
 
     def offsets(self, chunk: int) -> tuple[int, ...]:
         """Where a chunk's bytes begin in each output."""
