@@ -231,6 +231,7 @@ def write_official(
     nonfinite: str,
     companions: Mapping[str, bytes],
     progress: Callable[[int], None] | None = None,
+    team: Team | None = None,
 ) -> tuple[WriteResult, dict[str, Any]]:
     """Write the shards; the same call again resumes. Gives what was written and measured.
 
@@ -263,6 +264,7 @@ def write_official(
         index=False,
         progress=progress,
         cancel=plan.parent.source.cancel,
+        team=team,
     )
     if written.already_complete:
         report: dict[str, Any] = json.loads((out / "v4surgery.json").read_text())["report"]
