@@ -37,8 +37,8 @@ from v4surgery.checkpoint.journal import (
     write_all,
 )
 from v4surgery.checkpoint.layout import INDEX_FILE, OutputTensor, ShardLayout
-from v4surgery.checkpoint.sharing import claim_together, deal_out
 from v4surgery.checkpoint.shard import OPEN_FLAGS, PART, OutputFile, ShardFile, writing
+from v4surgery.checkpoint.sharing import Shares, claim_together, deal_out
 from v4surgery.errors import OutputError
 
 if TYPE_CHECKING:
@@ -148,11 +148,13 @@ def write_checkpoint(
     _check_jobs(shards, jobs)
     files = tuple(shard.file for shard in shards)
     is_first = team is None or team.is_first
-    claim = claim_together(team, out, plan_id, _layout_id(shards, jobs))
+    shares = deal_out(shards, jobs, team)
+    unfinish = files if shares.files_are_shared else ()
+    claim = claim_together(team, out, plan_id, _layout_id(shards, jobs), unfinish)
     try:
         if claim.state == "complete":
             return WriteResult(out, files, already_complete=True)
-        run = _Run(claim, shards, jobs, progress, cancel, team)
+        run = _Run(claim, shards, jobs, progress, cancel, shares, team)
         if is_first:
             try:
                 run.check_disk()
@@ -272,26 +274,26 @@ class _Run:
         jobs: Sequence[Job],
         progress: Callable[[int], None] | None,
         cancel: Callable[[], None] | None,
-        team: Team | None = None,
+        shares: Shares,
+        team: Team | None,
     ) -> None:
         self.claim, self.jobs, self.progress, self.cancel = claim, jobs, progress, cancel
-        self.team = team
-        owners = [0] * len(jobs) if team is None else deal_out(shards, jobs, team.size)
+        self.shares, self.team = shares, team
         rank = 0 if team is None else team.rank
-        self.own = [number for number, owner in enumerate(owners) if owner == rank]
+        self.own = [number for number, owner in enumerate(shares.owners) if owner == rank]
         self.shards = [ShardFile(claim.out, layout) for layout in shards]
         self.place = {
             item.key: (shard, offset)
             for shard in self.shards
             for item, offset in zip(shard.layout.tensors, shard.layout.offsets, strict=True)
         }
-        self.own_shards = []
+        own_shards: dict[str, ShardFile] = {}
         for number in self.own:
             for item in jobs[number].outputs:
                 shard = self.place[item.key][0]
-                if shard not in self.own_shards:
-                    self.own_shards.append(shard)
+                own_shards[shard.layout.file] = shard
                 shard.missing += not jobs[number].hole
+        self.own_shards = list(own_shards.values())
         self.hole_bytes = sum(item.nbytes for job in jobs if job.hole for item in job.outputs)
         self.digests: dict[str, str] = {}
         self.bytes_written = self.bytes_reused = 0
@@ -373,6 +375,11 @@ class _Run:
                 self.jobs[number].state.update(state)
         sums = (sum(column) for column in zip(*(part[2] for part in parts), strict=True))
         self.bytes_written, self.bytes_reused, self.chunks_computed, self.chunks_reused = sums
+        if self.shares.files_are_shared and self.team.is_first:
+            for shard in self.shards:
+                with writing(shard.path, self.kept):
+                    shard.finish()
+                shard.close()
 
     def _schedule(self) -> _Schedule:
         """The jobs by shard and place, so that shards complete in turn and few files are open."""
@@ -492,10 +499,10 @@ class _Run:
 
     def _report(self, num_bytes: int) -> None:
         if self.progress is not None and num_bytes:
-            self.progress(num_bytes)
+            self.progress(num_bytes * len(self.jobs) // len(self.own))  # a sample of all ranks
 
     def _finish_later(self, shards: Sequence[ShardFile], syncer: ThreadPoolExecutor) -> None:
-        for shard in shards:
+        for shard in () if self.shares.files_are_shared else shards:
             self._unsynced.acquire()
             syncer.submit(self._finish, shard)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -39,6 +39,9 @@ from v4surgery.slicers.lineage import describe_parent
 from v4surgery.slicers.plan import COPY, DEQUANTIZE, GATHER, TensorEdit
 from v4surgery.slicers.transform import Buffers, EditJob
 from v4surgery.version import __version__
+
+if TYPE_CHECKING:
+    from v4surgery.distributed.team import Team
 
 MAX_RANKS = 1024
 

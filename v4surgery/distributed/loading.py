@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+
 from v4surgery.checkpoint.matching import TensorRef
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.distributed.team import Team

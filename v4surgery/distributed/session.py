@@ -21,7 +21,7 @@ from v4surgery.distributed.launch import Launch, find_launch, require_verb
 from v4surgery.errors import RankError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _FAILURES = "v4surgery/failures"
 _PATIENCE = timedelta(seconds=10)
@@ -40,7 +40,7 @@ class Session:
     def __init__(self, launch: Launch, report: Callable[[Exception], None]) -> None:
         self.launch, self._report = launch, report
         self._stderr: TextIO = sys.stderr
-        self._store: Store | None = None
+        self._store: TCPStore | None = None
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # peers that go are reported once
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there are threads
         threading.Thread(target=self._await_end, name="v4surgery-end", daemon=True).start()
@@ -74,10 +74,10 @@ class Session:
             return store.add(_FAILURES, 1) == 1
         return True
 
-    def _connect(self) -> Store:
+    def _connect(self) -> TCPStore:
         """A connection of its own: the main thread may be waiting in the other."""
         if self._store is None:
-            from torch.distributed import TCPStore
+            from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
             self._store = TCPStore(
                 self.launch.address, self.launch.port, is_master=False, timeout=_PATIENCE
@@ -91,9 +91,7 @@ class Session:
         os._exit(code)  # no destructor may wait for a peer that is gone
 
 
-def begin_session(
-    arguments: Sequence[str], report: Callable[[Exception], None]
-) -> Session | None:
+def begin_session(arguments: Sequence[str], report: Callable[[Exception], None]) -> Session | None:
     """The session of this process; None where it runs alone.
 
     Raises:

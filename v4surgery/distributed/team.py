@@ -62,12 +62,13 @@ class Team:
         nodes, ranks = self.launch.nodes, self.launch.local_size
         flat = parts.view(self.size, -1)
         theirs = flat[self.launch.local_rank * nodes :][:nodes]
+        # Torch 2.13 has a new name for it, and warns of the old one.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with _peers():
             if nodes > 1:
-                group = self.mesh.get_group(NODES)
-                dist.all_gather_into_tensor(theirs, flat[self.place][None], group=group)
+                all_gather(theirs, flat[self.place][None], group=self.mesh.get_group(NODES))
             if ranks > 1:
-                dist.all_gather_into_tensor(flat, theirs, group=self.mesh.get_group(GPUS))
+                all_gather(flat, theirs, group=self.mesh.get_group(GPUS))
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
