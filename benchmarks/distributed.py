@@ -281,7 +281,7 @@ class Bench:
         return self.team is None or self.team.is_first
 
     def kept(self, name: str) -> Path:
-        return self.options.work / f"{name}-{self.ranks}.pt"
+        return Path(self.options.work) / f"{name}-{self.ranks}.pt"
 
     def ids(self, checkpoint: Checkpoint) -> list[int]:
         generator = torch.Generator().manual_seed(SEED)

@@ -139,13 +139,11 @@ def form_team(device: str | torch.device = "cpu") -> Team | None:
     from torch.distributed.device_mesh import init_device_mesh
 
     place = torch.device(device)
-    options: dict[str, Any] = {}
     if place.type == "cuda":
         torch.cuda.set_device(place)
-        options["device_id"] = place
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     with _peers():
-        dist.init_process_group(backend, timeout=_PATIENCE, **options)
+        dist.init_process_group(backend, timeout=_PATIENCE)
         shape = (launch.nodes, launch.local_size)
         mesh = init_device_mesh(place.type, shape, mesh_dim_names=(NODES, GPUS))
     return Team(launch, mesh)
