@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.conversion.conftest import write_wide
 from tests.distributed.conftest import VICTIM, Torchrun, alone, contents
-from tests.support.parents import write_small_parent
 
 BETWEEN = (str(VICTIM),)
 
@@ -35,7 +35,7 @@ def test_a_killed_rank_ends_all_and_another_number_of_ranks_goes_on(
     assert (out / ".v4surgery" / "journal-1.jsonl").stat().st_size > 0
     done = torchrun(2, *arguments)
     assert done.code == 0, done.err
-    assert "found" in done.out and "wrote the other" in done.out
+    assert "wrote the other" in " ".join(done.out.split())
     assert contents(out) == contents(replica)
 
 
@@ -55,7 +55,7 @@ def test_one_process_goes_on_where_ranks_had_to_stop(
 
 def test_ranks_write_into_files_that_are_fewer(torchrun: Torchrun, tmp_path: Path) -> None:
     """Every tensor goes into both official shards; a killed run is finished by more ranks."""
-    parent = write_small_parent(tmp_path / "parent")
+    parent = write_wide(tmp_path / "parent", "flash")
     arguments = ("convert", parent, tmp_path / "many", "--to", "official", "--tp", "2", "-q")
     lost = torchrun(2, *arguments, program=BETWEEN, VICTIM="1:kill:chunk:40")
     assert lost.code == 1

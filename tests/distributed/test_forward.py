@@ -14,9 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.conftest import EXPERTS, PER_TOKEN, Torchrun, alone
-from v4surgery.checkpoint.reader import open_checkpoint
-from v4surgery.model.streaming import tensor_refs
+from tests.distributed.conftest import PER_TOKEN, Torchrun, alone
 
 LAYERS = 4
 TOLERANCE = 8 * LAYERS * (PER_TOKEN + 3) * 2**-24
@@ -43,29 +41,26 @@ def require_equal(one: Path, many: Path, tolerance: float = TOLERANCE) -> None:
 
 
 def test_a_trace_is_equal_and_no_byte_is_read_twice(
-    torchrun: Torchrun, parent: Path, prompts: Path, tmp_path: Path
+    torchrun: Torchrun,
+    parent: Path,
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Three ranks, seven experts, and prompts of a token that leaves ranks without any."""
+    """Three ranks, seven experts, and a prompt of one token, which leaves ranks without any."""
     one, three = tmp_path / "one", tmp_path / "three"
-    arguments = ("trace", parent, "--prompts", prompts, "--taps", "all")
+    arguments = ("trace", parent, "--prompts", prompts, "--taps", "all", "--json")
     alone(*arguments, "--out", one)
-    done = torchrun(3, *arguments, "--out", three, "--json")
+    by_one = json.loads(capsys.readouterr().out)
+    done = torchrun(3, *arguments, "--out", three)
     assert done.code == 0, done.err
-    require_equal(one, three)
-    report = json.loads(done.out)  # one rank speaks, and says one thing
-    with open_checkpoint(parent) as checkpoint:
-        stored = [
-            item
-            for item in checkpoint.tensors.values()
-            if item.entry.stem != "embed" and not (item.entry.block and item.entry.block.is_drafter)
-        ]
-        head = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm", "head")
-        names = {item.entry.stem for item in stored}
-        assert names.issuperset(head)
-        everything = sum(ref.end - ref.begin for item in stored for ref in tensor_refs(item))
-    assert report["bytes_read"] == everything
     assert done.err == ""
-    assert report["num_tokens"] == sum(map(len, PROMPTS))
+    require_equal(one, three)
+    by_three = json.loads(done.out)  # one rank speaks, and says one thing
+    assert by_three["bytes_read"] == by_one["bytes_read"] > 1_000_000
+    assert by_three["num_tokens"] == sum(map(len, PROMPTS))
+    own = sum(timing["bytes_read"] for timing in by_three["timings"])
+    assert own < 0.5 * sum(timing["bytes_read"] for timing in by_one["timings"])
 
 
 def test_a_rank_may_have_no_token_and_no_memory(
@@ -89,9 +84,6 @@ def test_scores_are_equal(torchrun: Torchrun, parent: Path, prompts: Path, tmp_p
     assert done.code == 0, done.err
     # The smallest scores are differences of nearly equal numbers (1 - cos): a digit more.
     require_equal(one, two, 10 * TOLERANCE)
-    names = load_file(two).keys()
-    experts = {name for name in names if name.startswith("activation/experts.")}
-    assert len(experts) in (0, LAYERS * EXPERTS, len(experts))
 
 
 def test_a_validation_has_the_same_numbers(
@@ -103,10 +95,10 @@ def test_a_validation_has_the_same_numbers(
     done = torchrun(3, *arguments, tmp_path / "three")
     assert done.code == 0, done.err
     reports = [json.loads((tmp_path / n / "validation.json").read_text()) for n in ("one", "three")]
-    one, three = (report["numbers"] for report in reports)
+    one, three = (report["summary"] for report in reports)
     assert one.keys() == three.keys()
     assert one["tensors_compared"] == three["tensors_compared"] > 100
     for name, value in one.items():
         # Numbers are sums over logits and activations that differ by the tolerance.
         assert three[name] == pytest.approx(value, rel=100 * TOLERANCE), name
-    assert "passed" in done.out or "faithful" in done.out or done.out
+    assert done.out.count("bytes and behaviour") == 1

@@ -49,6 +49,6 @@ if os.environ["RANK"] == rank:
 
         before(Streamer, "run_block")
 
-from v4surgery.cli import main
+from v4surgery.cli import main  # noqa: E402 - the accident is prepared first
 
 main()
