@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from v4surgery.errors import UsageError
+from v4surgery.errors import RankError, UsageError
 
 VERBS = ("trace", "validate", "score", "slice", "convert")
 _SIGNS = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID")
@@ -78,6 +78,18 @@ def require_verb(arguments: Sequence[str], size: int) -> None:
             rule="several ranks run " + ", ".join(VERBS),
             hint=f"start it without torchrun: v4surgery {verb} ...",
         )
+
+
+def lost_rank(seen_by: str, value: object = None) -> RankError:
+    """What a rank says that finds another one gone."""
+    return RankError(
+        "a process of this run was lost, or the run was stopped",
+        where=f"seen by {seen_by}",
+        value=value,
+        rule="all ranks run until the end",
+        hint="torchrun's summary names the rank that failed first; the same command goes on: "
+        "slice and convert from what is finished, the others from the start",
+    )
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

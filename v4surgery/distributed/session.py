@@ -2,7 +2,8 @@
 
 A rank that fails says so in the store where ranks meet, before it exits; torchrun then ends the
 others (SIGTERM). A rank that is killed says nothing, so the first survivor that loses it reports.
-SIGTERM is waited for in a thread: the main one may be inside a collective that never returns.
+SIGTERM is waited for in a thread: the main one may be inside a collective that never returns. On
+several machines that thread also looks whether the others live.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from v4surgery.distributed.launch import Launch, find_launch, require_verb
-from v4surgery.errors import RankError
+from v4surgery.distributed.launch import Launch, find_launch, lost_rank, require_verb
+from v4surgery.distributed.pulse import PERIOD, Pulse
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -55,14 +57,31 @@ class Session:
         self._exit(code)
 
     def _await_end(self) -> None:
-        signal.sigwait({signal.SIGTERM})
-        lost = RankError(
-            "a process of this run was lost, or the run was stopped",
-            where=f"seen by rank {self.launch.rank} of {self.launch.size}",
-            hint="torchrun's summary names the rank that failed first; the same command goes on: "
-            "slice and convert from what is finished, the others from the start",
-        )
+        pulse, found = Pulse(self.launch.node, self.launch.nodes), None
+        while signal.sigtimedwait({signal.SIGTERM}, PERIOD) is None:
+            found = self._look(pulse)
+            if found is not None:
+                break
+        lost = lost_rank(f"rank {self.launch.rank} of {self.launch.size}", found)
         self.fail(lost, lost.exit_code)
+
+    def _look(self, pulse: Pulse) -> str | None:
+        """What is wrong with the other machines, if there are any and they have met."""
+        torch = sys.modules.get("torch")
+        if not pulse.others or self.launch.local_rank or torch is None:
+            return None
+        try:
+            if not torch.distributed.is_initialized():
+                return None
+            store = self._connect()
+            if store.check([_FAILURES]):
+                return "another machine reported a failure"
+            node = pulse.find_lost(store, time.monotonic())
+        except AttributeError:  # torch is being imported
+            return None
+        except RuntimeError as error:
+            return f"the first machine is gone: {str(error).partition(chr(10))[0]}"
+        return None if node is None else f"machine {node} is silent"
 
     def _is_first_failure(self) -> bool:
         """Whether no other rank has failed before; if they cannot be asked, it is so."""

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from v4surgery.distributed.launch import Launch, find_launch
-from v4surgery.errors import RankError, UsageError
+from v4surgery.distributed.launch import Launch, find_launch, lost_rank
+from v4surgery.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -184,9 +184,4 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankError(
-            "the other ranks cannot be reached",
-            value=str(error).partition("\n")[0],
-            rule="all ranks run until the end",
-            hint="look for the first error of this run above; then run the same command again",
-        ) from error
+        raise lost_rank("a collective", str(error).partition("\n")[0]) from error
