@@ -16,10 +16,15 @@ from tests.distributed.conftest import (
     rank_environment,
 )
 from tests.distributed.test_forward import require_equal
+from tests.distributed.test_shares import team_of
+from v4surgery.checkpoint.reader import open_checkpoint
 from v4surgery.cli import main
 from v4surgery.distributed.launch import VERBS, find_launch, require_verb
 from v4surgery.distributed.pulse import PATIENCE, PERIOD, Pulse
+from v4surgery.distributed.team import rank_device
 from v4surgery.errors import UsageError
+from v4surgery.model.streaming import StreamOptions
+from v4surgery.validation.validate import validate_replica
 
 RIGHT = {
     "RANK": "3",
@@ -124,15 +129,36 @@ def test_one_process_is_no_team() -> None:
     assert (launch.nodes, launch.node, launch.local_rank) == (2, 1, 1)
 
 
-def test_more_ranks_than_gpus_and_a_masked_parent_are_refused(
+def test_what_every_rank_finds_wrong_is_said_once(
     torchrun: Torchrun, parent: Path, tmp_path: Path
 ) -> None:
-    """Said once, though every rank finds it."""
     arguments = ("trace", parent, "--ids", "1", "--out", tmp_path / "t", "--device", "cuda:0")
     done = torchrun(2, *arguments)
     assert done.code == 1
     assert done.err.count("error: several ranks cannot compute on one GPU") == 1
     assert "each rank takes the GPU of its LOCAL_RANK" in done.err
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = find_launch(RIGHT)
+    assert launch is not None
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(UsageError, match="more ranks on this machine than GPUs") as refused:
+        rank_device("cuda", launch)
+    assert "2 ranks, 1 GPU(s)" in str(refused.value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert rank_device("cuda", launch) == "cuda:1"
+    assert rank_device("cpu", launch) == "cpu"
+
+
+def test_the_masked_parent_is_refused(parent: Path, replica: Path) -> None:
+    options = StreamOptions(team=team_of(2))
+    with (
+        open_checkpoint(replica) as cut,
+        open_checkpoint(parent) as source,
+        pytest.raises(UsageError, match="the masked parent is compared in one process"),
+    ):
+        validate_replica(cut, source, [[1]], masked=True, options=options)
 
 
 def test_two_machines_with_two_ranks_each(parent: Path, tmp_path: Path) -> None:
