@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from v4surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from v4surgery.conversion.run import Converted, plan_conversion, run_conversion
+from v4surgery.distributed.launch import find_launch
 from v4surgery.errors import UsageError
 from v4surgery.recipes import Recipe, load_recipe
 from v4surgery.slicers.apply import DEFAULT_MEMORY_BYTES, Replica, slice_plan
@@ -19,6 +20,7 @@ from v4surgery.slicers.verify import Verification, verify_replica
 if TYPE_CHECKING:
     import torch
 
+    from v4surgery.distributed.team import Team
     from v4surgery.importance.score import Scoring
     from v4surgery.validation.verdict import Validation
 
@@ -138,6 +140,7 @@ def slice(  # noqa: A001 - the public name is v4surgery.slice
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     device: str = "auto",
     progress: Callable[[int], None] | None = None,
+    team: Team | None = None,
 ) -> Replica:
     """Write the replica of a plan; the same call again resumes, or finds it done.
 
@@ -148,6 +151,7 @@ def slice(  # noqa: A001 - the public name is v4surgery.slice
         memory_bytes: Bound on what the workers use together.
         device: Where weights are decoded: auto (a GPU if there is one), cpu or cuda.
         progress: Called with payload bytes as they are written.
+        team: Ranks that write whole files each; all of them call this.
 
     Raises:
         OutputError: The folder is not ours, in use, or the disk is too small.
@@ -160,6 +164,7 @@ def slice(  # noqa: A001 - the public name is v4surgery.slice
         memory_bytes=memory_bytes,
         device=device,
         progress=progress,
+        team=team,
     )
 
 
@@ -316,7 +321,12 @@ def convert(
 
 
 def default_workers(*read: Checkpoint) -> int:
-    """Eight where the Hub is read, which waits more than it works; else one a core, at most 8."""
+    """Eight where the Hub is read, which waits more than it works; else one a core, at most 8.
+
+    Ranks of one machine share its cores.
+    """
     if any(checkpoint.source.identity()["kind"] == "hub" for checkpoint in read):
         return 8
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, 8)
+    launch = find_launch()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
+    return max(min(cores // (1 if launch is None else launch.local_size), 8), 1)

@@ -13,6 +13,7 @@
     ├── PlanError                   the recipe cannot be applied to this parent
     ├── OutputError                 the output folder cannot be written, or is not ours to write
     ├── HubError                    the Hub refused a push, or failed at it
+    ├── RankError                   another process of a run on several was lost
     └── VerificationFailed          exit code 3: the check ran and the replica failed
 """
 
@@ -26,6 +27,7 @@ __all__ = [
     "HubError",
     "OutputError",
     "PlanError",
+    "RankError",
     "ReadError",
     "RecipeError",
     "UsageError",
@@ -120,6 +122,10 @@ class OutputError(V4SurgeryError):
 
 
 class HubError(V4SurgeryError):
+    pass
+
+
+class RankError(V4SurgeryError):
     pass
 
 

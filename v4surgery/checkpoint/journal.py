@@ -6,6 +6,8 @@ While a run is unfinished the folder holds ``.v4surgery/``::
     journal.jsonl   {"format": 1, "plan_id": ..., "layout": ...}
                     {"job": 3, "chunk": 0, "of": 2, "bytes": [8388608], "digests": ["9f..."]}
                     ...
+    journal-2.jsonl the same lines without the first, of rank 2 of a run on several; the next run
+                    appends them to journal.jsonl, however many ranks it has
 
 A line is appended after a chunk's bytes were handed to the kernel, not synced: after a kill the
 page cache still has both; after a power loss the line may promise bytes that the disk has not. That
@@ -30,6 +32,7 @@ WORK_DIR = ".v4surgery"
 PROVENANCE_FILE = "v4surgery.json"
 _FORMAT = 1
 _JOURNAL_FILE = "journal.jsonl"
+_RANK_JOURNALS = "journal-*.jsonl"
 _LOCK_FILE = "lock"
 
 State = Literal["fresh", "unfinished", "complete"]
@@ -115,8 +118,10 @@ class Claim:
         The journal goes first, because a folder without one is a finished folder.
         """
         work = self.out / WORK_DIR
-        for name in (_JOURNAL_FILE, _LOCK_FILE):
-            (work / name).unlink(missing_ok=True)
+        (work / _JOURNAL_FILE).unlink(missing_ok=True)
+        for path in work.glob(_RANK_JOURNALS):
+            path.unlink(missing_ok=True)
+        (work / _LOCK_FILE).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # someone else's file in it is not ours to delete
             work.rmdir()
         sync_dir(self.out)
@@ -163,15 +168,42 @@ def _claim_locked(out: Path, plan_id: str, layout_id: str, lock_fd: int) -> Clai
     claim = Claim(out, state, lock_fd, journal_fd)
     try:
         if state == "fresh":
+            for other in path.parent.glob(_RANK_JOURNALS):
+                other.unlink()
             os.ftruncate(journal_fd, 0)
             header = {"format": _FORMAT, "plan_id": plan_id, "layout": layout_id}
             write_all(journal_fd, _line(header))
         else:
-            claim.records.update(_read_records(path))
             os.ftruncate(journal_fd, _whole_lines(path))
+            for other in sorted(path.parent.glob(_RANK_JOURNALS)):
+                write_all(journal_fd, other.read_bytes()[: _whole_lines(other)])
+                other.unlink()
+            claim.records.update(_read_records(path))
     except BaseException:
         os.close(journal_fd)
         raise
+    return claim
+
+
+def join_claim(out: Path, rank: int, state: State, records: Mapping[int, ChunkRecord]) -> Claim:
+    """What the first rank has claimed, for another rank: its own journal, and no lock.
+
+    Raises:
+        OutputError: This rank does not see the first one's folder.
+    """
+    if state == "complete":
+        return Claim(out, state, None, None)
+    work = out / WORK_DIR
+    if not (work / _JOURNAL_FILE).exists():
+        raise OutputError(
+            f"rank {rank} does not see the output folder of the first rank",
+            where=out,
+            rule="all machines write into one folder, of a file system that they share",
+            hint="choose such a folder with --out",
+        )
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+    claim = Claim(out, state, None, os.open(work / f"journal-{rank}.jsonl", flags, 0o666))
+    claim.records.update(records)
     return claim
 
 

@@ -33,17 +33,19 @@ from v4surgery.checkpoint.journal import (
     WORK_DIR,
     ChunkRecord,
     Claim,
-    claim_folder,
     sync_dir,
     write_all,
 )
 from v4surgery.checkpoint.layout import INDEX_FILE, OutputTensor, ShardLayout
 from v4surgery.checkpoint.shard import OPEN_FLAGS, PART, OutputFile, ShardFile, writing
+from v4surgery.checkpoint.sharing import Shares, claim_together, deal_out
 from v4surgery.errors import OutputError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Buffer
+
+    from v4surgery.distributed.team import Team
 
 _CHECK_BYTES = 4 << 20
 # Shards that wait for their fsync hold a file descriptor each.
@@ -117,6 +119,7 @@ def write_checkpoint(
     index: bool | None = None,
     progress: Callable[[int], None] | None = None,
     cancel: Callable[[], None] | None = None,
+    team: Team | None = None,
 ) -> WriteResult:
     """Writes all shards, then the extra files, then the index; or takes up where it was stopped.
 
@@ -134,6 +137,8 @@ def write_checkpoint(
             one at a time.
         cancel: Called when the run has failed or was interrupted, while workers may still be in
             ``compute``, so that they need not be waited for.
+        team: Ranks that write whole files each, into one folder. Every rank calls this with the
+            same arguments and gets the same result; jobs' states are then those of all ranks.
 
     Raises:
         OutputError: The folder is not ours or in use, the disk is too small, or writing failed.
@@ -142,29 +147,44 @@ def write_checkpoint(
     assert workers > 0, workers
     _check_jobs(shards, jobs)
     files = tuple(shard.file for shard in shards)
-    claim = claim_folder(out, plan_id, _layout_id(shards, jobs))
+    is_first = team is None or team.is_first
+    shares = deal_out(shards, jobs, team)
+    unfinish = files if shares.files_are_shared else ()
+    claim = claim_together(team, out, plan_id, _layout_id(shards, jobs), unfinish)
     try:
         if claim.state == "complete":
             return WriteResult(out, files, already_complete=True)
-        run = _Run(claim, shards, jobs, progress, cancel)
-        try:
-            run.check_disk()
-        except OutputError:
-            if claim.state == "fresh":
-                claim.remove()
-            raise
-        with writing(out, run.kept):
-            (out / INDEX_FILE).unlink(missing_ok=True)  # it may not stand beside unchecked shards
-        prepare()
+        run = _Run(claim, shards, jobs, progress, cancel, shares, team)
+        if is_first:
+            try:
+                run.check_disk()
+            except OutputError:
+                if claim.state == "fresh":
+                    claim.remove()
+                raise
+            with writing(out, run.kept):
+                # It may not stand beside unchecked shards.
+                (out / INDEX_FILE).unlink(missing_ok=True)
+            prepare()
+        if team is not None:
+            team.gather(None)
+        if not is_first:
+            prepare()
         run.work(workers)
+        run.merge_ranks()
         result = run.result()
         extras = dict(extra_files(result))
         if index or (index is None and len(shards) > 1):
             assert INDEX_FILE not in extras, INDEX_FILE
             extras[INDEX_FILE] = _index(shards)
-        with writing(out, run.kept):
-            _write_extras(out, extras, taken=files)
-            claim.remove()
+        if team is not None:
+            team.gather(None)  # none has anything to object
+        if is_first:
+            with writing(out, run.kept):
+                _write_extras(out, extras, taken=files)
+                claim.remove()
+        if team is not None:
+            team.gather(None)
         return result
     finally:
         claim.close()
@@ -254,17 +274,26 @@ class _Run:
         jobs: Sequence[Job],
         progress: Callable[[int], None] | None,
         cancel: Callable[[], None] | None,
+        shares: Shares,
+        team: Team | None,
     ) -> None:
         self.claim, self.jobs, self.progress, self.cancel = claim, jobs, progress, cancel
+        self.shares, self.team = shares, team
+        rank = 0 if team is None else team.rank
+        self.own = [number for number, owner in enumerate(shares.owners) if owner == rank]
         self.shards = [ShardFile(claim.out, layout) for layout in shards]
         self.place = {
             item.key: (shard, offset)
             for shard in self.shards
             for item, offset in zip(shard.layout.tensors, shard.layout.offsets, strict=True)
         }
-        for job in jobs:
-            for item in () if job.hole else job.outputs:
-                self.place[item.key][0].missing += 1
+        own_shards: dict[str, ShardFile] = {}
+        for number in self.own:
+            for item in jobs[number].outputs:
+                shard = self.place[item.key][0]
+                own_shards[shard.layout.file] = shard
+                shard.missing += not jobs[number].hole
+        self.own_shards = list(own_shards.values())
         self.hole_bytes = sum(item.nbytes for job in jobs if job.hole for item in job.outputs)
         self.digests: dict[str, str] = {}
         self.bytes_written = self.bytes_reused = 0
@@ -320,7 +349,8 @@ class _Run:
             ThreadPoolExecutor(workers, "v4surgery-write") as pool,
         ):
             try:
-                self._finish_later([shard for shard in self.shards if not shard.missing], syncer)
+                whole = [shard for shard in self.own_shards if not shard.missing]
+                self._finish_later(whole, syncer)
                 wait([pool.submit(self._worker, schedule, syncer) for _ in range(workers)])
             except BaseException as error:
                 self._fail(error)
@@ -329,11 +359,34 @@ class _Run:
         if self._error is not None:
             raise self._error
 
+    def merge_ranks(self) -> None:
+        """Put together what all ranks did: every rank then knows the whole."""
+        if self.team is None:
+            return
+        states = {number: self.jobs[number].state for number in self.own}
+        counts = (
+            *(self.bytes_written, self.bytes_reused),
+            *(self.chunks_computed, self.chunks_reused),
+        )
+        parts = self.team.gather((self.digests, states, counts))
+        for digests, theirs, _ in parts:
+            self.digests |= digests
+            for number, state in theirs.items():
+                self.jobs[number].state.update(state)
+        sums = (sum(column) for column in zip(*(part[2] for part in parts), strict=True))
+        self.bytes_written, self.bytes_reused, self.chunks_computed, self.chunks_reused = sums
+        if self.shares.files_are_shared and self.team.is_first:
+            for shard in self.shards:
+                with writing(shard.path, self.kept):
+                    shard.finish()
+                shard.close()
+
     def _schedule(self) -> _Schedule:
         """The jobs by shard and place, so that shards complete in turn and few files are open."""
         rank = {shard.layout.file: number for number, shard in enumerate(self.shards)}
         places = []
-        for number, job in enumerate(self.jobs):
+        for number in self.own:
+            job = self.jobs[number]
             if job.outputs and not job.hole:
                 found = (self.place[item.key] for item in job.outputs)
                 first = min((rank[shard.layout.file], offset) for shard, offset in found)
@@ -446,10 +499,10 @@ class _Run:
 
     def _report(self, num_bytes: int) -> None:
         if self.progress is not None and num_bytes:
-            self.progress(num_bytes)
+            self.progress(num_bytes * len(self.jobs) // len(self.own))  # a sample of all ranks
 
     def _finish_later(self, shards: Sequence[ShardFile], syncer: ThreadPoolExecutor) -> None:
-        for shard in shards:
+        for shard in () if self.shares.files_are_shared else shards:
             self._unsynced.acquire()
             syncer.submit(self._finish, shard)
 

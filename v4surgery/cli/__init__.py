@@ -31,6 +31,7 @@ from v4surgery.cli import (
     validate,
     verify,
 )
+from v4surgery.distributed.session import Session, begin_session
 from v4surgery.errors import V4SurgeryError
 
 INTERRUPTED = 130
@@ -86,7 +87,9 @@ def _root(
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     arguments = sys.argv[1:] if args is None else args
+    session: Session | None = None
     try:
+        session = begin_session(arguments, lambda error: _report(error, arguments))
         raise SystemExit(app(args=arguments, prog_name="v4surgery"))
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
@@ -96,15 +99,18 @@ def main(args: list[str] | None = None) -> NoReturn:
             )
         raise
     except Exception as error:
+        code = error.exit_code if isinstance(error, V4SurgeryError) else 1
+        if session is not None:
+            session.fail(error, code)
         _report(error, arguments)
-        raise SystemExit(error.exit_code if isinstance(error, V4SurgeryError) else 1) from None
+        raise SystemExit(code) from None
 
 
 def _report(error: Exception, arguments: list[str]) -> None:
     if "--debug" in arguments:
         import traceback
 
-        text = traceback.format_exc().rstrip("\n")
+        text = "".join(traceback.format_exception(error)).rstrip("\n")
     elif isinstance(error, V4SurgeryError):
         text = f"error: {error}"
     else:

@@ -71,6 +71,7 @@ def run(
     from v4surgery.api import default_workers
     from v4surgery.checkpoint.reader import open_checkpoint
     from v4surgery.cli._output import parse_size, print_json, progress_bar, set_verbosity
+    from v4surgery.cli._ranks import writing_ranks
     from v4surgery.conversion.run import plan_conversion, run_conversion
 
     set_verbosity(verbose)
@@ -86,14 +87,18 @@ def run(
             return
         began = time.monotonic()
         total = sum(shard.payload_bytes for shard in conversion.plan.shards)
-        with progress_bar(total, f"convert to {to}", quiet=quiet) as progress:
+        with (
+            writing_ranks(device) as (team, place),
+            progress_bar(total, f"convert to {to}", quiet=quiet) as progress,
+        ):
             done = run_conversion(
                 conversion,
                 out,
                 workers=max_workers or default_workers(source),
                 memory_bytes=memory_bytes,
-                device=device,
+                device=place,
                 progress=progress,
+                team=team,
             )
     written = done.written
     result = {

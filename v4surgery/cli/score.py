@@ -77,8 +77,9 @@ def run(
 
     from v4surgery.api import default_workers
     from v4surgery.checkpoint.reader import open_checkpoint
-    from v4surgery.cli._model import find_device, make_numerics
+    from v4surgery.cli._model import make_numerics
     from v4surgery.cli._output import parse_size, print_json, progress_bar, set_verbosity, size
+    from v4surgery.cli._ranks import computing_ranks
     from v4surgery.importance.names import AXES, MOMENTS, parse_axes
     from v4surgery.importance.score import score_parent
     from v4surgery.model.streaming import StreamOptions
@@ -94,7 +95,11 @@ def run(
         activations,
     )
     wanted = gather_prompts(text=prompt, file=prompts, ids=ids)
-    with open_checkpoint(parent, revision=revision, token=token, workers=max_workers) as checkpoint:
+    numerics = make_numerics(mode, dtype, implementation)
+    with (
+        computing_ranks(device) as (team, place),
+        open_checkpoint(parent, revision=revision, token=token, workers=max_workers) as checkpoint,
+    ):
         encoder = PromptEncoder(checkpoint.config, read_tokenizer(checkpoint))
         encoded = [item.ids[:tokens] for item in encoder.encode_all(wanted)]
         workers = max_workers or default_workers(checkpoint)
@@ -106,9 +111,9 @@ def run(
                 out,
                 axes=wanted_axes,
                 second_moments=moments,
-                numerics=make_numerics(mode, dtype, implementation),
-                device=find_device(device),
-                options=replace(options, workers=workers),
+                numerics=numerics,
+                device=place,
+                options=replace(options, workers=workers, team=team),
                 progress=(lambda _: advance(1)) if advance else None,
             )
     if as_json:

@@ -70,6 +70,7 @@ def run(
         warn,
     )
     from v4surgery.cli._parent import open_parent, overrides_of
+    from v4surgery.cli._ranks import writing_ranks
     from v4surgery.recipes import load_recipe
     from v4surgery.summary import summarize_plan
 
@@ -91,14 +92,18 @@ def run(
         summary = summarize_plan(plan)
         total = sum(shard.payload_bytes for shard in plan.shards) + plan.bases.nbytes
         began = time.monotonic()
-        with progress_bar(total, f"slice {loaded.name}", quiet=quiet) as progress:
+        with (
+            writing_ranks(device) as (team, place),
+            progress_bar(total, f"slice {loaded.name}", quiet=quiet) as progress,
+        ):
             replica = api.slice(
                 plan,
                 target,
                 workers=max_workers,
                 memory_bytes=memory_bytes,
-                device=device,
+                device=place,
                 progress=progress,
+                team=team,
             )
         seconds = time.monotonic() - began
     written = replica.written

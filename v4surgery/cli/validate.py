@@ -64,11 +64,14 @@ def run(
     The parent is streamed layer by layer beside the replica. Thresholds are in the recipe's
     `validate:` section. Exit code 3 where the replica fails.
     """
+    from dataclasses import replace
+
     from v4surgery.api import default_workers
     from v4surgery.checkpoint.reader import open_checkpoint
-    from v4surgery.cli._model import find_device, make_numerics
+    from v4surgery.cli._model import make_numerics
     from v4surgery.cli._output import parse_size, print_json, progress_bar
     from v4surgery.cli._parent import open_parent
+    from v4surgery.cli._ranks import computing_ranks
     from v4surgery.model.streaming import StreamOptions
     from v4surgery.slicers.verify import read_recipe
     from v4surgery.validation.default_prompts import choose_prompts
@@ -82,8 +85,8 @@ def run(
         workers=workers,
     )
     make_numerics(mode, dtype, implementation)  # says what is wrong before anything is read
-    place = find_device(device)
     with (
+        computing_ranks(device) as (team, place),
         open_checkpoint(replica) as checkpoint,
         open_parent(read_recipe(checkpoint), parent) as source,
     ):
@@ -98,10 +101,11 @@ def run(
                 masked=masked,
                 sample=sample,
                 workers=workers,
-                options=options,
+                options=replace(options, team=team),
                 progress=(lambda _: advance(1)) if advance else None,
             )
-    files = [] if report is None else write_report(found, report)
+    is_heard = team is None or team.is_first
+    files = write_report(found, report) if report is not None and is_heard else []
     if as_json:
         print_json(found.to_json())
     else:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -39,6 +39,9 @@ from v4surgery.slicers.lineage import describe_parent
 from v4surgery.slicers.plan import COPY, DEQUANTIZE, GATHER, TensorEdit
 from v4surgery.slicers.transform import Buffers, EditJob
 from v4surgery.version import __version__
+
+if TYPE_CHECKING:
+    from v4surgery.distributed.team import Team
 
 MAX_RANKS = 1024
 
@@ -231,6 +234,7 @@ def write_official(
     nonfinite: str,
     companions: Mapping[str, bytes],
     progress: Callable[[int], None] | None = None,
+    team: Team | None = None,
 ) -> tuple[WriteResult, dict[str, Any]]:
     """Write the shards; the same call again resumes. Gives what was written and measured.
 
@@ -263,6 +267,7 @@ def write_official(
         index=False,
         progress=progress,
         cancel=plan.parent.source.cancel,
+        team=team,
     )
     if written.already_complete:
         report: dict[str, Any] = json.loads((out / "v4surgery.json").read_text())["report"]

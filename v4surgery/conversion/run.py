@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from v4surgery.catalogue import FP8_F32, LINEAR, QUANTIZED
 from v4surgery.checkpoint.official import SCALES_FILE
@@ -26,6 +26,9 @@ from v4surgery.slicers.apply import DEFAULT_MEMORY_BYTES, slice_plan
 from v4surgery.slicers.decoding import find_decoder
 from v4surgery.slicers.plan import DEQUANTIZE, Plan, make_plan
 from v4surgery.slicers.transform import WORKER_BYTES
+
+if TYPE_CHECKING:
+    from v4surgery.distributed.team import Team
 
 TARGETS: Mapping[str, str] = {
     "bf16": "every weight in bf16",
@@ -145,8 +148,11 @@ def run_conversion(
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     device: str = "auto",
     progress: Callable[[int], None] | None = None,
+    team: Team | None = None,
 ) -> Converted:
     """Write a conversion; the same call again resumes, or finds it done.
+
+    With a ``team`` every rank calls this, and writes whole files.
 
     Raises:
         OutputError: The folder is not ours, in use, or the disk is too small.
@@ -163,10 +169,17 @@ def run_conversion(
             nonfinite=conversion.nonfinite,
             companions={name: parent.read_file(name) for name in parent.companions()},
             progress=progress,
+            team=team,
         )
         return Converted(out, conversion, written, report)
     replica = slice_plan(
-        plan, out, workers=workers, memory_bytes=memory_bytes, device=device, progress=progress
+        plan,
+        out,
+        workers=workers,
+        memory_bytes=memory_bytes,
+        device=device,
+        progress=progress,
+        team=team,
     )
     return Converted(out, conversion, replica.written, replica.report)
 

@@ -16,6 +16,7 @@ from v4surgery.errors import UsageError
 from v4surgery.importance.names import AXES, MOMENTS, check_axes
 from v4surgery.importance.scorer import Scorer
 from v4surgery.importance.scores_file import ScoresWriter
+from v4surgery.importance.totals import Totals
 from v4surgery.model.numerics import Numerics
 from v4surgery.model.streaming import BlockTiming, Streamer, StreamOptions
 from v4surgery.text.prompts import check_ids
@@ -89,7 +90,13 @@ def score_parent(
     for number, ids in enumerate(prompts):
         check_ids(ids, parent.config, f"prompt {number}")
     numerics = numerics or Numerics()
-    writer = ScoresWriter(out)
+    team = None if options is None else options.team
+    writer = ScoresWriter(out) if team is None or team.is_first else None
+
+    def write(totals: Totals) -> None:
+        if writer is not None:
+            writer.write(totals.scores())
+
     try:
         with Streamer(parent, numerics, device, options) as streamer:
             scorer = Scorer(
@@ -98,7 +105,8 @@ def score_parent(
                 second_moments,
                 len(prompts),
                 streamer.load_head(),
-                lambda totals: writer.write(totals.scores()),
+                write,
+                team,
             )
             scorer.count_tokens(prompts)
             streamer.run(
@@ -109,10 +117,12 @@ def score_parent(
                 progress=progress,
             )
             scorer.flush()
-        writer.write(scorer.model.scores())
-        writer.finish(about_scores(parent, prompts, axes, second_moments, numerics))
+        write(scorer.model)
+        if writer is not None:
+            writer.finish(about_scores(parent, prompts, axes, second_moments, numerics))
     except BaseException:
-        writer.drop()
+        if writer is not None:
+            writer.drop()
         raise
     return Scoring(
         out,
@@ -120,8 +130,8 @@ def score_parent(
         second_moments,
         len(prompts),
         sum(map(len, prompts)),
-        len(writer),
-        streamer.loader.bytes_read,
+        0 if writer is None else len(writer),
+        streamer.bytes_read,
         tuple(streamer.timings),
         dict(sorted(numerics.ops.ran.items())),
     )

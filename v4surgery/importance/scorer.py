@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from v4surgery.config import V4Config
+from v4surgery.distributed.team import Team
 from v4surgery.importance.names import key_of
 from v4surgery.importance.probes import moments, streams
 from v4surgery.importance.probes.attention import (
@@ -57,6 +58,7 @@ class Scorer:
         num_prompts: How many prompts run through each block.
         head: The trunk's, for what the end of the trunk adds.
         done: Takes the totals of a block after its last prompt.
+        team: Ranks that split the experts.
     """
 
     def __init__(
@@ -67,9 +69,10 @@ class Scorer:
         num_prompts: int,
         head: Head,
         done: Callable[[Totals], None],
+        team: Team | None = None,
     ) -> None:
         self.config, self.axes, self.moments = config, axes, second_moments
-        self.num_prompts, self.head, self.done = num_prompts, head, done
+        self.num_prompts, self.head, self.done, self.team = num_prompts, head, done, team
         self.model = Totals()
         self._prefix, self._totals, self._probes = "", Totals(), list[Probe]()
 
@@ -108,6 +111,8 @@ class Scorer:
 
     def flush(self) -> None:
         """Give out the totals of the block that was measured last."""
+        if self.team is not None:
+            self._totals.merge_ranks(self.team)
         self.done(self._totals)
         self._prefix, self._totals, self._probes = "", Totals(), []
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from v4surgery.distributed.team import Team
 from v4surgery.importance.names import SECOND_MOMENT
 
 
@@ -24,10 +25,12 @@ class Totals:
     Attributes:
         sums: One for each factor of a score.
         counts: How many were summed: one number, or one for each unit.
+        by_rank: Keys whose sums are over the experts that this process runs.
     """
 
     sums: dict[str, list[Tensor]] = field(default_factory=dict)
     counts: dict[str, list[Tensor]] = field(default_factory=dict)
+    by_rank: set[str] = field(default_factory=set)
 
     def add(self, key: str, total: Tensor, count: float | Tensor, factor: int = 0) -> None:
         """Add a sum over ``count`` observations.
@@ -53,6 +56,17 @@ class Totals:
         for key, sums in other.sums.items():
             for factor, (total, count) in enumerate(zip(sums, other.counts[key], strict=True)):
                 self.add(key, total, count, factor)
+
+    def merge_ranks(self, team: Team) -> None:
+        """Add what the other ranks of a run summed over their own experts."""
+        own = {key: (self.sums[key][0].cpu(), self.counts[key][0].cpu()) for key in self.by_rank}
+        for rank, part in enumerate(team.gather(own)):
+            for key in sorted(part) if rank != team.rank else ():
+                total, count = part[key]
+                if key in self.sums:  # counts are of the gate's choices, which all ranks know
+                    self.sums[key][0] += total.to(self.sums[key][0].device)
+                else:
+                    self.add(key, total, count)
 
     def scores(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """Each score by its key, float32; 0 where nothing was seen. Second moments symmetric."""

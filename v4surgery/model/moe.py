@@ -110,6 +110,15 @@ class Experts(nn.ModuleDict):
             self._matrices = self.matrices(len(self), range(len(self)))
         yield self._matrices
 
+    def agree(self, routed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Indices and weights that all who hold experts go by."""
+        return routed
+
+    def combine(self, slots: Tensor, indices: Tensor, shared: Tensor, numerics: Numerics) -> Tensor:
+        """The sum ``(T, D)`` of slots ``(T, K, D)`` and the shared expert's ``(T, D)``."""
+        total: Tensor = numerics.ops.combine_experts(slots, indices, shared)
+        return total
+
     def matrices(self, count: int, wanted: Iterable[int]) -> Matrices:
         """The matrices of some of ``count`` experts; the others count as not in memory."""
         modules = dict(Experts.each(self, tuple(wanted)))  # those that are here: nothing is read
@@ -154,10 +163,10 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """Tokens ``(B, S, D)`` with their ids ``(B, S)``."""
         flat = x.flatten(0, 1)
-        indices, weights = self.gate(flat, ids.flatten())
+        indices, weights = self.experts.agree(self.gate(flat, ids.flatten()))
         run = self._one_by_one if self._is_probed else self._together
         slots = run(flat, indices, weights)
-        y: Tensor = self.numerics.ops.combine_experts(slots, indices, self.shared_experts(flat))
+        y = self.experts.combine(slots, indices, self.shared_experts(flat), self.numerics)
         return y.view_as(x)
 
     @property

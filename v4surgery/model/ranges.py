@@ -8,7 +8,7 @@ staging buffers and a stream of its own, so that reading and copying overlap.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
@@ -22,9 +22,10 @@ from v4surgery.model.loader import TORCH_DTYPE
 
 PIECE_BYTES = 8 << 20
 ALIGNMENT = 16
+Tensors = dict[TensorRef, Tensor]
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """Bytes of a file and where they go in the buffer."""
 
     file: str
@@ -53,29 +54,54 @@ class RangeLoader:
         self._lock = threading.Lock()
         self._streams: list[torch.cuda.Stream] = []
 
-    def load(self, refs: Sequence[TensorRef]) -> dict[TensorRef, Tensor]:
+    def load(self, refs: Sequence[TensorRef]) -> Tensors:
         """The tensors as stored, on the device; FP4, FP8 and E8M0 as uint8 codes.
 
         Raises:
             ReadError: Bytes could not be read exactly.
         """
-        ordered = sorted(set(refs), key=lambda ref: (ref.file, ref.begin))
-        offsets = _offsets(ordered)
-        size = max((offsets[ref] + ref.end - ref.begin for ref in ordered), default=0)
+        ordered, offsets, size, pieces = lay_out(refs)
         buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-        ready = self._event()
-        pieces = _pieces(ordered, offsets)
-        reads = self._pool.map(lambda piece: self._read(buffer, piece, ready), pieces)
         aligned = {ref: offsets[ref] % TORCH_DTYPE[ref.dtype].itemsize == 0 for ref in ordered}
-        # Views are made while the threads read; what is not aligned must be copied afterwards.
-        views = {ref: _view(buffer, offsets[ref], ref) for ref in ordered if aligned[ref]}
-        list(reads)
-        for stream in self._streams:
-            stream.synchronize()
-        views |= {ref: _view(buffer, offsets[ref], ref) for ref in ordered if not aligned[ref]}
+        views: Tensors = {}
+
+        def make_views() -> None:  # what is not aligned must be copied afterwards
+            views.update(
+                {ref: view_of(buffer, offsets[ref], ref) for ref in ordered if aligned[ref]}
+            )
+
+        self.read(buffer, pieces, meanwhile=make_views)
+        views |= {ref: view_of(buffer, offsets[ref], ref) for ref in ordered if not aligned[ref]}
         with self._lock:
             self.bytes_read += sum(ref.end - ref.begin for ref in ordered)
         return views
+
+    def begin(
+        self, common: Sequence[TensorRef], own: Sequence[TensorRef]
+    ) -> tuple[Tensors, Callable[[], Tensors]]:
+        """Read what every rank of a run needs, and what this one alone does.
+
+        Returns:
+            The own tensors; and what gives the common ones, called by the thread that computes.
+        """
+        loaded = self.load([*common, *own])
+        return loaded, lambda: loaded
+
+    def load_common(self, refs: Sequence[TensorRef]) -> Tensors:
+        """Tensors that every rank needs."""
+        return self.begin(refs, [])[1]()
+
+    def read(
+        self, buffer: Tensor, pieces: Sequence[Piece], meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        """Read pieces of files into a buffer on the device, and call ``meanwhile`` meanwhile."""
+        ready = self._event()
+        reads = self._pool.map(lambda piece: self._read(buffer, piece, ready), pieces)
+        if meanwhile is not None:
+            meanwhile()
+        list(reads)
+        for stream in self._streams:
+            stream.synchronize()
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -88,7 +114,7 @@ class RangeLoader:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def _read(self, buffer: Tensor, piece: _Piece, ready: torch.cuda.Event | None) -> None:
+    def _read(self, buffer: Tensor, piece: Piece, ready: torch.cuda.Event | None) -> None:
         source, size = self.checkpoint.source, piece.end - piece.begin
         target = buffer[piece.offset : piece.offset + size]
         if ready is None:
@@ -127,6 +153,16 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(tensor.numpy())  # type: ignore[arg-type,unused-ignore]
 
 
+def lay_out(
+    refs: Sequence[TensorRef],
+) -> tuple[list[TensorRef], dict[TensorRef, int], int, list[Piece]]:
+    """Tensors in file order, their places in one buffer, its size, and what to read into it."""
+    ordered = sorted(set(refs), key=lambda ref: (ref.file, ref.begin))
+    offsets = _offsets(ordered)
+    size = max((offsets[ref] + ref.end - ref.begin for ref in ordered), default=0)
+    return ordered, offsets, size, _pieces(ordered, offsets)
+
+
 def _offsets(ordered: Sequence[TensorRef]) -> dict[TensorRef, int]:
     """Place of each tensor in the buffer; neighbours in a file stay neighbours."""
     offsets: dict[TensorRef, int] = {}
@@ -141,7 +177,7 @@ def _offsets(ordered: Sequence[TensorRef]) -> dict[TensorRef, int]:
     return offsets
 
 
-def _pieces(ordered: Sequence[TensorRef], offsets: dict[TensorRef, int]) -> list[_Piece]:
+def _pieces(ordered: Sequence[TensorRef], offsets: dict[TensorRef, int]) -> list[Piece]:
     """Runs of adjacent tensors, cut to the size of a staging buffer."""
     breaks = [
         i + 1 for i, (a, b) in enumerate(pairwise(ordered)) if (a.file, a.end) != (b.file, b.begin)
@@ -153,11 +189,12 @@ def _pieces(ordered: Sequence[TensorRef], offsets: dict[TensorRef, int]) -> list
         head, tail = ordered[first], ordered[last - 1]
         for begin in range(head.begin, tail.end, PIECE_BYTES):
             end = min(begin + PIECE_BYTES, tail.end)
-            pieces.append(_Piece(head.file, begin, end, offsets[head] + begin - head.begin))
+            pieces.append(Piece(head.file, begin, end, offsets[head] + begin - head.begin))
     return pieces
 
 
-def _view(buffer: Tensor, offset: int, ref: TensorRef) -> Tensor:
+def view_of(buffer: Tensor, offset: int, ref: TensorRef) -> Tensor:
+    """A tensor in a buffer; copied where it does not lie aligned."""
     dtype = TORCH_DTYPE[ref.dtype]
     flat = buffer[offset : offset + ref.end - ref.begin]
     if offset % dtype.itemsize:

@@ -25,6 +25,9 @@ from v4surgery.catalogue import Block as BlockSpec
 from v4surgery.checkpoint.matching import StoredTensorRef, TensorRef
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.config import V4Config
+from v4surgery.distributed.experts import combine_ranks
+from v4surgery.distributed.loading import SharedLoader
+from v4surgery.distributed.team import Team
 from v4surgery.errors import UsageError
 from v4surgery.model.block import Block
 from v4surgery.model.cache import LayerCache, Progress
@@ -70,12 +73,15 @@ class StreamOptions:
         activation_bytes: What the longest prompt may take on the device.
         activations: Where the streams wait between blocks: ``host`` or ``disk``.
         workers: Reading threads.
+        team: Ranks that split experts and reading between them; None for one process. Budgets are
+            each rank's.
     """
 
     weight_bytes: int = DEFAULT_WEIGHT_BYTES
     activation_bytes: int = DEFAULT_ACTIVATION_BYTES
     activations: str = "host"
     workers: int = 4
+    team: Team | None = None
 
     def __post_init__(self) -> None:
         if self.activations not in ("host", "disk"):
@@ -85,7 +91,10 @@ class StreamOptions:
 
 
 class StreamedExperts(Experts):
-    """Experts that are read when a token is routed to them, within a budget."""
+    """Experts that are read when a token is routed to them, within a budget.
+
+    On several ranks each has a run of them, and reads and runs no others.
+    """
 
     def __init__(self, streamer: Streamer, prefix: str, stored: StoredTensors, budget: int) -> None:
         super().__init__()
@@ -93,10 +102,25 @@ class StreamedExperts(Experts):
         sizes = [item.nbytes for item in stored.values()]
         self._per_expert = max(sum(sizes) // max(len(sizes) // 3, 1), 1)
         self._capacity = max(budget // self._per_expert, 1)
+        self._team, count = streamer.team, streamer.config.n_routed_experts
+        self.owned = range(count) if self._team is None else self._team.share(count)
+
+    def agree(self, routed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The first rank's choice: else an expert could be chosen where it is not, by rounding."""
+        if self._team is None:
+            return routed
+        indices, weights = routed
+        return self._team.agree(indices), self._team.agree(weights)
+
+    def combine(self, slots: Tensor, indices: Tensor, shared: Tensor, numerics: Numerics) -> Tensor:
+        """The sum over the experts of all ranks."""
+        if self._team is None:
+            return super().combine(slots, indices, shared, numerics)
+        return combine_ranks(self._team, slots, shared)
 
     def each(self, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
         """The experts in order; the next group is read while one computes."""
-        for group in self._groups(experts):
+        for group in self._groups([e for e in experts if e in self.owned]):
             yield from super().each(group)
 
     def _groups(self, experts: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -113,29 +137,32 @@ class StreamedExperts(Experts):
     def batches(self, indices: Tensor) -> Iterator[Matrices]:
         """As many experts at a time as the budget holds; all at once if they were read ahead."""
         count = self._streamer.config.n_routed_experts
-        if len(self) == count:
+        if self._team is None and len(self) == count:
             yield self.matrices(count, range(count))
             return
-        for group in self._groups(indices.unique().tolist()):
+        chosen = [expert for expert in indices.unique().tolist() if expert in self.owned]
+        if chosen and len(self) == len(self.owned):
+            yield self.matrices(count, self.owned)
+            return
+        for group in self._groups(chosen):
             yield self.matrices(count, group)
 
     def adopt_all(self, tensors: dict[TensorRef, Tensor]) -> None:
         """Take experts that were read ahead."""
-        for expert in range(self._streamer.config.n_routed_experts):
+        for expert in self.owned:
             self._build(expert, tensors)
 
     def _require(self, experts: Sequence[int]) -> None:
         self._adopt(self._streamer.timed(lambda: self._read(experts)), keep=experts)
 
     def _read(self, experts: Sequence[int]) -> dict[TensorRef, Tensor]:
-        refs = [
-            ref
-            for expert in experts
-            if str(expert) not in self
-            for stem in self._stems(expert)
-            for ref in tensor_refs(self._stored[stem])
-        ]
-        return self._streamer.loader.load(refs)
+        missing = [expert for expert in experts if str(expert) not in self]
+        return self._streamer.loader.load(self.refs(missing))
+
+    def refs(self, experts: Iterable[int]) -> list[TensorRef]:
+        """Where some experts are stored."""
+        stems = (stem for expert in experts for stem in self._stems(expert))
+        return [ref for stem in stems for ref in tensor_refs(self._stored[stem])]
 
     def _adopt(self, tensors: dict[TensorRef, Tensor], keep: Sequence[int]) -> None:
         if len(self) + len(keep) > self._capacity:
@@ -178,10 +205,22 @@ class Streamer:
         self.checkpoint, self.config, self.numerics = checkpoint, checkpoint.config, numerics
         self.device = torch.device(device)
         self.options = options or StreamOptions()
-        self.loader = RangeLoader(checkpoint, self.device, self.options.workers)
+        self.team = self.options.team
+        workers = self.options.workers
+        self.loader = (
+            RangeLoader(checkpoint, self.device, workers)
+            if self.team is None
+            else SharedLoader(checkpoint, self.device, workers, self.team)
+        )
         self.background = ThreadPoolExecutor(1, "v4surgery-prefetch")
         self.waited = 0.0
         self.timings: list[BlockTiming] = []
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read so far, by all ranks; embedding rows aside."""
+        own = self.loader.bytes_read
+        return own if self.team is None else sum(self.team.gather(own))
 
     def close(self) -> None:
         self.background.shutdown(cancel_futures=True)
@@ -234,12 +273,12 @@ class Streamer:
             store[number] = h
         specs = [spec for spec in self.checkpoint.catalogue.blocks if not spec.is_drafter]
         ahead = self._reads_experts_ahead(sum(len(ids) for ids in prompts))
-        future = self.background.submit(self.load_block, specs[0], ahead)
+        future = self.background.submit(self._fetch_block, specs[0], ahead)
         for spec, upcoming in zip(specs, [*specs[1:], None], strict=True):
             with self._timing(spec.prefix, progress):
-                block = self.wait(future)
+                block = self.timed(self.wait(future))
                 if upcoming is not None:
-                    future = self.background.submit(self.load_block, upcoming, ahead)
+                    future = self.background.submit(self._fetch_block, upcoming, ahead)
                 for number, ids in enumerate(rows):
                     detach = observe(block, spec.prefix, number) if observe else None
                     store[number] = self.run_block(block, store[number], ids)
@@ -324,6 +363,7 @@ class Streamer:
         prefix = self.checkpoint.catalogue.blocks[0].prefix
         size = sum(item.nbytes for item in self._stored(prefix, experts=True).values())
         often = num_tokens * self.config.num_experts_per_tok >= 2 * experts
+        size //= 1 if self.team is None else self.team.size
         return often and 2 * size <= self.options.weight_bytes
 
     def _stored(self, prefix: str, *, experts: bool) -> StoredTensors:
@@ -342,23 +382,40 @@ class Streamer:
         Raises:
             CatalogueError: The checkpoint does not give all of its parameters.
         """
+        return self._begin_block(spec, experts_ahead)()
+
+    def _fetch_block(self, spec: BlockSpec, experts_ahead: bool) -> Callable[[], Block]:
+        """Read a block in the background; several ranks exchange it where they compute."""
+        finish = self._begin_block(spec, experts_ahead)
+        if self.team is not None:
+            return finish
+        block = finish()
+        return lambda: block
+
+    def _begin_block(self, spec: BlockSpec, experts_ahead: bool) -> Callable[[], Block]:
         dense = self._stored(spec.prefix, experts=False)
         routed = self._stored(spec.prefix, experts=True)
         budget = self.options.weight_bytes - 2 * sum(item.nbytes for item in dense.values())
         experts = StreamedExperts(self, spec.prefix, routed, budget)
         kind = MTPBlock if spec.is_drafter else Block
         block = kind(self.config, spec, self.numerics, experts=experts)
-        wanted = [*dense.values(), *(routed.values() if experts_ahead else ())]
-        tensors = self.loader.load([ref for stored in wanted for ref in tensor_refs(stored)])
-        for stem, stored in dense.items():
-            weight, *scale = (tensors[ref] for ref in tensor_refs(stored))
-            name = stem.removeprefix(spec.prefix)
-            place(block, name, stored, weight, scale[0] if scale else None, self.numerics)
+        common = [ref for stored in dense.values() for ref in tensor_refs(stored)]
+        own = experts.refs(experts.owned) if experts_ahead else []
+        owned, exchange = self.loader.begin(common, own)
         if experts_ahead:
-            experts.adopt_all(tensors)
-        block.to(self.device)
-        require_loaded(block.named_parameters(), spec.prefix)
-        return block.eval()
+            experts.adopt_all(owned)
+
+        def finish() -> Block:
+            tensors = exchange()
+            for stem, stored in dense.items():
+                weight, *scale = (tensors[ref] for ref in tensor_refs(stored))
+                name = stem.removeprefix(spec.prefix)
+                place(block, name, stored, weight, scale[0] if scale else None, self.numerics)
+            block.to(self.device)
+            require_loaded(block.named_parameters(), spec.prefix)
+            return block.eval()
+
+        return finish
 
     def run_block(self, block: Block, h: Tensor, ids: Tensor) -> Tensor:
         """Streams ``(1, S, M, D)`` of a whole prompt, ids ``(1, S)``, through a loaded block."""
@@ -374,9 +431,7 @@ class Streamer:
         """
         self._check_activations(max(ids.shape[1] for ids in rows))
         used = torch.cat([ids[0] for ids in rows]).unique()
-        stored = self.checkpoint.tensors["embed"]
-        values = self.checkpoint.read_float(stored, used.numpy())
-        table = torch.from_numpy(values).to(self.numerics.dtype)
+        table = self._read_rows(self.checkpoint.tensors["embed"], used)
         for number, ids in enumerate(rows):
             x = table[torch.searchsorted(used, ids)]
             embedded = _Passed()
@@ -385,6 +440,23 @@ class Streamer:
             if detach is not None:
                 detach()
             yield streams
+
+    def _read_rows(self, stored: StoredTensorRef, rows: Tensor) -> Tensor:
+        """Some rows of a stored matrix, on the host; each rank reads a part of them."""
+
+        def read(some: Tensor) -> Tensor:
+            values = self.checkpoint.read_float(stored, some.numpy())
+            return torch.from_numpy(values).to(self.numerics.dtype)
+
+        if self.team is None:
+            return read(rows)
+        part = -(-len(rows) // self.team.size)
+        mine = rows[self.team.place * part :][:part]
+        parts = torch.zeros(self.team.size, part, stored.weight.shape[1], dtype=self.numerics.dtype)
+        if len(mine):
+            parts[self.team.place, : len(mine)] = read(mine)
+        self.team.join(parts)
+        return parts.flatten(0, 1)[: len(rows)]
 
     def head(
         self, streams: Iterable[Tensor], wanted: str = "all", observe: Observer | None = None
@@ -413,7 +485,7 @@ class Streamer:
         trunk = Head(self.config, self.numerics)
         stems = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
         refs = [self.checkpoint.tensors[stem] for stem in stems]
-        tensors = self.loader.load([stored.weight for stored in refs])
+        tensors = self.loader.load_common([stored.weight for stored in refs])
         for stem, stored in zip(stems, refs, strict=True):
             place(trunk, stem, stored, tensors[stored.weight], None, self.numerics)
         return trunk.to(self.device)
@@ -433,7 +505,7 @@ class Streamer:
                 ref.begin + end * ref.row_bytes,
             )
             linear = Linear(end - begin, self.config.hidden_size, self.numerics)
-            weight = self.loader.load([rows])[rows]
+            weight = self.loader.load_common([rows])[rows]
             linear.weight = nn.Parameter(weight.to(self.numerics.dtype), requires_grad=False)
             parts.append(linear.wide(x))
         return torch.cat(parts, -1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from v4surgery.catalogue import I64
 from v4surgery.checkpoint.writer import Job, WriteResult, write_checkpoint
@@ -23,6 +23,9 @@ from v4surgery.summary import parameters
 from v4surgery.synth import RandomJob
 from v4surgery.text.chat import TEMPLATE_FILE, needs_template, template_text
 from v4surgery.version import __version__
+
+if TYPE_CHECKING:
+    from v4surgery.distributed.team import Team
 
 DEFAULT_MEMORY_BYTES = 384_000_000
 LONG_BYTES = 4 << 20
@@ -82,6 +85,7 @@ def slice_plan(
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     device: str = "auto",
     progress: Callable[[int], None] | None = None,
+    team: Team | None = None,
 ) -> Replica:
     """Write the replica; the same call again resumes, or finds it done.
 
@@ -93,6 +97,7 @@ def slice_plan(
         device: Where weights are decoded: auto (a GPU if there is one), cpu or cuda. The bytes
             are the same.
         progress: Called with payload bytes as they are written.
+        team: Ranks that write whole files each; all of them call this.
 
     Raises:
         OutputError: The folder is not ours, in use, or the disk is too small.
@@ -129,6 +134,7 @@ def slice_plan(
             extra_files=extra_files,
             progress=progress,
             cancel=plan.parent.source.cancel,
+            team=team,
         )
     if written.already_complete:
         report = json.loads((out / PROVENANCE_FILE).read_text())["report"]

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from blake3 import blake3
@@ -42,6 +42,9 @@ from v4surgery.slicers.record_shape import shape_problem
 from v4surgery.slicers.transform import EditJob
 from v4surgery.synth import RandomJob
 from v4surgery.version import __version__
+
+if TYPE_CHECKING:
+    from v4surgery.distributed.team import Team
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ def verify_replica(
     seed: int = 0,
     workers: int = 2,
     progress: Callable[[int], None] | None = None,
+    team: Team | None = None,
 ) -> Verification:
     """Compute a replica's tensors again and compare every byte.
 
@@ -149,6 +153,7 @@ def verify_replica(
         seed: Of the sample.
         workers: Threads.
         progress: Called with bytes as they are compared.
+        team: Ranks that compare a part each.
 
     Raises:
         UsageError: The parent is another one.
@@ -168,6 +173,8 @@ def verify_replica(
         work = [[(job, chunk) for chunk in range(job.num_chunks)] for job in jobs]
         parent.source.will_read(long_spans(plan), workers)
     compare = _Comparison(replica, record["tensors"], progress)
+    if team is not None:
+        work = work[team.rank :: team.size]
     with ThreadPoolExecutor(workers, "v4surgery-verify") as pool:
         try:
             found = [line for lines in pool.map(compare.run, work) for line in lines]
@@ -176,6 +183,8 @@ def verify_replica(
                 checkpoint.source.cancel()  # workers may be waiting for a server
             raise
     parent.source.check_unchanged()
+    if team is not None:
+        found = compare.merge_ranks(found, team)
     return Verification(
         tensors=len(compare.tensors),
         bytes_compared=compare.num_bytes,
@@ -315,6 +324,17 @@ class _Comparison:
                     )
                     problems[name] = f"{name}: the {right}, the recorded digest is not"
         return list(problems.values())
+
+    def merge_ranks(self, found: list[str], team: Team) -> list[str]:
+        """Take in what the other ranks compared; gives the differences of all."""
+        lines = []
+        self.num_bytes, parts = 0, team.gather((found, self.tensors, self.rounded, self.num_bytes))
+        for theirs, tensors, rounded, num_bytes in parts:
+            lines += theirs
+            self.tensors |= tensors
+            self.rounded |= rounded
+            self.num_bytes += num_bytes
+        return lines
 
     def _count(self, name: str, num_bytes: int) -> None:
         self.tensors.add(name)

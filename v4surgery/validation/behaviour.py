@@ -155,8 +155,8 @@ def compare_behaviour(
             progress=progress,
         )
         walk.behaviour.bytes_read = {
-            "parent": leader.loader.bytes_read,
-            "replica": follower.loader.bytes_read,
+            "parent": leader.bytes_read,
+            "replica": follower.bytes_read,
         }
         walk.behaviour.timings = leader.timings
     walk.behaviour.ran = {name: dict(sorted(n.ops.ran.items())) for name, n in numerics.items()}

@@ -76,25 +76,28 @@ def record_trace(
         raise UsageError("no prompts", rule="at least one")
     for number, ids in enumerate(prompts):
         check_ids(ids, checkpoint.config, f"prompt {number}")
-    writer = TraceWriter(out, store_dtype)
+    team = None if options is None else options.team
+    # The other ranks take part in the forward and keep nothing.
+    writer = TraceWriter(out, store_dtype) if team is None or team.is_first else None
     about: dict[str, Any] | None = None
     try:
         with Streamer(checkpoint, numerics, device, options) as streamer:
             streamer.run(
                 prompts,
-                observe=TapRecorder(taps, writer.record),
+                observe=None if writer is None else TapRecorder(taps, writer.record),
                 logits="all" if "logits" in taps else "none",
                 progress=progress,
             )
         about = _about(checkpoint, prompts, taps, numerics)
     finally:
-        writer.close(about)
+        if writer is not None:
+            writer.close(about)
     return Recording(
         out,
         tuple(streamer.timings),
-        streamer.loader.bytes_read,
+        streamer.bytes_read,
         sum(len(ids) for ids in prompts),
-        len(writer),
+        0 if writer is None else len(writer),
         dict(sorted(numerics.ops.ran.items())),
     )
 

@@ -64,8 +64,16 @@ def validate_replica(
         raise UsageError("no prompts", rule="at least one")
     for number, ids in enumerate(prompts):
         check_ids(ids, replica.config, f"prompt {number}")
+    team = None if options is None else options.team
+    if masked and team is not None:
+        raise UsageError(
+            "the masked parent is compared in one process",
+            where="--masked",
+            value=f"{team.size} ranks",
+            rule="without torchrun",
+        )
     record, recipe = read_provenance(replica), read_recipe(replica)
-    verification = verify_replica(replica, parent, sample=sample, workers=workers)
+    verification = verify_replica(replica, parent, sample=sample, workers=workers, team=team)
     if progress is not None:
         progress("bytes")
     broken = find_broken_tensors(replica, verification)

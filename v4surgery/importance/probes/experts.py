@@ -33,6 +33,7 @@ class ExpertsProbe(Probe):
             tokens = torch.bincount(indices.flatten(), minlength=count).double()
             self.totals.add(self.key("frequency", "n_routed_experts"), tokens, len(indices))
             self.totals.add(reap, torch.zeros_like(tokens), tokens)
+            self.totals.by_rank.add(reap)
 
         def output(_: object, inputs: tuple[Any, ...], y: Tensor) -> None:
             norms = y.detach().float().norm(dim=-1)
@@ -68,4 +69,7 @@ class NeuronsProbe(Probe):
         if expert not in self._norms:
             self._norms[expert] = column_norms(w2)
         total = hidden.detach().float().abs().sum(0, dtype=torch.float64) * self._norms[expert]
-        self.totals.add(self.key("activation", neuron_dim(expert)), total, len(hidden))
+        key = self.key("activation", neuron_dim(expert))
+        self.totals.add(key, total, len(hidden))
+        if expert is not None:
+            self.totals.by_rank.add(key)

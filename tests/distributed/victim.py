@@ -1,0 +1,54 @@
+"""``v4surgery`` with an accident on one rank: VICTIM=<rank>:<what>:<place>:<count>.
+
+After ``count`` chunks of a slice (place ``chunk``) or blocks of a forward (``block``) the rank is
+killed (``kill``), finds its disk full (``full``), or meets bytes that it cannot read (``unread``).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from typing import Any
+
+rank, what, place, count = os.environ["VICTIM"].split(":")
+left = int(count)
+
+
+def accident() -> None:
+    global left
+    left -= 1
+    if left >= 0:
+        return
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "full":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    from v4surgery.errors import ReadError
+
+    raise ReadError("the disk has gone", where="a cable", hint="put it back")
+
+
+def before(owner: Any, name: str) -> None:
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        accident()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+if os.environ["RANK"] == rank:
+    if place == "chunk":
+        from v4surgery.checkpoint.shard import OutputFile
+
+        before(OutputFile, "append")
+    else:
+        from v4surgery.model.streaming import Streamer
+
+        before(Streamer, "run_block")
+
+from v4surgery.cli import main  # noqa: E402 - the accident is prepared first
+
+main()
