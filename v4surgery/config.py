@@ -203,6 +203,11 @@ class V4Config:
                 f"n_routed_experts {self.n_routed_experts} in each of {len(ratios)} blocks "
                 f"exceeds {MAX_EXPERTS_IN_ALL} experts in all"
             )
+        found += [
+            f"{name} is {_shown.repr(theta)}, and must be more than 0"
+            for name in ("rope_theta", "compress_rope_theta")
+            if not (theta := getattr(self, name)) > 0
+        ]
         if self.num_attention_heads % self.o_groups:
             found.append(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of "

@@ -169,6 +169,5 @@ def _read_header(source: Source) -> tuple[dict[str, TensorInfo], dict[str, str]]
 def _read(source: Source, info: TensorInfo) -> Float:
     data = bytearray(info.end - info.begin)
     source.read_into(BASES_FILE, info.begin, memoryview(data))
-    values = np.frombuffer(data, _DTYPES[info.dtype]).reshape(info.shape)
-    with np.errstate(invalid="ignore"):  # a signalling NaN: a basis that has one is refused
-        return values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN, which no basis has
+        return np.frombuffer(data, _DTYPES[info.dtype]).reshape(info.shape).astype(np.float64)

@@ -86,7 +86,8 @@ class Mixer:
 
     def _times_out(self, rows: NDArray[np.float32], out: Float | None) -> tuple[Float, float]:
         """Rows with the norm folded in, times ``out`` in each block of columns; its rounding."""
-        x = rows.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaNs; what is not finite is counted
+            x = rows.astype(np.float64)
         mix = self.edit.mix
         assert mix is not None
         if mix.fold is not None:

@@ -14,10 +14,9 @@ from typing import Any
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.config import V4Config
 from v4surgery.errors import CheckpointError, UsageError
-from v4surgery.recipes import Recipe
-from v4surgery.slicers.verify import read_recipe
+from v4surgery.recipes import Recipe, recipe_from_text
 
-RECORD_FILE = "v4surgery.json"
+RECORD_FILE, RECIPE_FILE = "v4surgery.json", "recipe.yaml"
 
 Units = tuple[int, ...]
 
@@ -112,7 +111,8 @@ def read_record(replica: Checkpoint, parent: Checkpoint) -> Record:
             rule=f"fingerprint {fingerprint[:16]}",
             hint="name the right one with --parent",
         )
-    recipe = read_recipe(replica)
+    text = replica.read_file(RECIPE_FILE).decode(errors="replace")
+    recipe = recipe_from_text(text, RECIPE_FILE, is_whole=True)
     model = _Reader(parent.config, selections["model"], where)
     blocks: list[Kept] = []
     previous: dict[str, Any] = {}
