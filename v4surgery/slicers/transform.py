@@ -183,8 +183,7 @@ class EditJob:
             )
 
         mixer = Mixer(self.parent, edit, bases, read)
-        with np.errstate(over="ignore", invalid="ignore"):  # counted below
-            values = mixer.rows(begin, end).astype(np.float32)
+        values = mixer.rows(begin, end).astype(np.float32)
         self.slack = mixer.slack
         self._check_finite(~np.isfinite(values))
         if edit.fmt in QUANTIZED:
