@@ -30,7 +30,7 @@ from v4surgery.errors import HeaderError
 from v4surgery.formats import ITEM_BYTES
 
 NUM_MUTANTS = int(os.environ.get("V4SURGERY_FUZZ_MUTANTS", "20000"))
-NUM_SLOW_MUTANTS = 2_000_000
+NUM_SLOW_MUTANTS = 200_000
 NUMPY_DTYPES = {
     "I64": np.int64, "U64": np.uint64, "F64": np.float64, "F32": np.float32, "U32": np.uint32,
     "I32": np.int32, "F16": np.float16, "U16": np.uint16, "I16": np.int16, "I8": np.int8,
@@ -516,8 +516,8 @@ def test_no_mutant_that_we_accept_is_refused_by_safetensors(seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_no_mutant_of_two_million_is_refused_by_safetensors_alone() -> None:
-    check_fuzz(NUM_SLOW_MUTANTS, 1)
+def test_no_mutant_of_the_longer_run_is_refused_by_safetensors() -> None:
+    check_fuzz(NUM_SLOW_MUTANTS, 20260)
 
 
 counts = st.integers(-2, 20) | st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64, 10**30])
