@@ -94,8 +94,8 @@ DATA_FAULTS = {
     "too much": Case(
         "headers", in_data, "bytes instead of", {"headers": {"Content-Length": "9999999"}}
     ),
-    "expired link": Case("status", in_data, "storage refuses the signed link", {"status": 403}, 1),
-    "link is gone": Case("status", in_data, "storage refuses the signed link", {"status": 404}, 1),
+    "expired link": Case("status", in_data, "storage refuses the signed link", {"status": 403}),
+    "link is gone": Case("status", in_data, "storage refuses the signed link", {"status": 404}),
 }
 RESOLVE_FAULTS = {
     "resolve 500": Case("status", RESOLVE, "status 500", {"status": 500}),

@@ -85,6 +85,11 @@ class Attempts:
         self.failed = 0
         self._end = patience.clock() + patience.deadline
 
+    @property
+    def is_last(self) -> bool:
+        """Whether a further failure ends the read."""
+        return self.failed + 1 >= self.patience.tries
+
     def check_time(self) -> None:
         """Raises Transient once the deadline has passed: no further try will follow it."""
         if self.patience.clock() > self._end:

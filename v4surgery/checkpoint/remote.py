@@ -253,7 +253,7 @@ class HubRepository(Source):
 
     def _fetch_into(self, file: str, begin: int, view: memoryview) -> None:
         """Fill ``view``: what a try got is kept, the next goes on behind it."""
-        attempts, done, expired = self._new_attempts(self._where(file)), 0, 0
+        attempts, done, refused_at = self._new_attempts(self._where(file)), 0, -1
         size, end = self.size(file), begin + len(view)
 
         def take(piece: bytes) -> None:
@@ -269,10 +269,12 @@ class HubRepository(Source):
                 etag = self._http.read_span(link, Span(begin + done, end, size), take, attempts)
                 self._pin_etag(file, etag)
             except LinkExpired as refused:
-                expired += 1
                 self._forget(file, link)
-                if expired > 1:
-                    raise self._refused(file, refused) from None
+                if done == refused_at:  # a new link, and it gave nothing
+                    if attempts.is_last:
+                        raise self._refused(file, refused) from None
+                    attempts.pause(Transient(f"the signed link is refused: {refused}"))
+                refused_at = done
             except Transient as failure:
                 attempts.pause(failure)
 
@@ -310,7 +312,7 @@ class HubRepository(Source):
 
     def _refused(self, file: str, refused: LinkExpired) -> ReadError:
         return ReadError(
-            "storage refuses the signed link, and a new one too",
+            "storage refuses the signed link, and new ones too",
             where=self._where(file),
             value=refused,
             rule="a link is good for a while",
