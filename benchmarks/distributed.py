@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from v4surgery.catalogue import Block as BlockSpec
@@ -200,7 +201,7 @@ class Bench:
                 waited.append(streamer.waited)
                 num_bytes = streamer.bytes_read
         if self.is_first:
-            torch.save(logits[0], self.kept("logits"))
+            save_file({"x": logits[0].contiguous()}, self.kept("logits"))
         best = min(range(rounds), key=seconds.__getitem__)
         return {
             "seconds": rounded(seconds),
@@ -230,7 +231,7 @@ class Bench:
             by_host = [self.timed(lambda: forward(host)) for _ in range(3)]
             experts = self.expert_seconds(blocks, lambda: forward(self.device))
         if self.is_first:
-            torch.save(last[0].cpu(), self.kept("streams"))
+            save_file({"x": last[0].cpu().contiguous()}, self.kept("streams"))
         return {
             "seconds": rounded(on_device),
             "by_host_s": rounded(by_host),
@@ -281,7 +282,7 @@ class Bench:
         return self.team is None or self.team.is_first
 
     def kept(self, name: str) -> Path:
-        return Path(self.options.work) / f"{name}-{self.ranks}.pt"
+        return Path(self.options.work) / f"{name}-{self.ranks}.safetensors"
 
     def ids(self, checkpoint: Checkpoint) -> list[int]:
         generator = torch.Generator().manual_seed(SEED)
@@ -341,7 +342,9 @@ def compare(
             line["predicted_speed_up"] = round(told[0] / told[1], 3)
         yield line
     for name in ("logits", "streams"):
-        a, b = (torch.load(options.work / f"{name}-{n}.pt").float() for n in (1, ranks))
+        a, b = (
+            load_file(options.work / f"{name}-{n}.safetensors")["x"].float() for n in (1, ranks)
+        )
         error = ((a - b).norm() / a.norm()).item()
         yield {"case": f"{name} of {ranks} beside 1", "relative_error": error}
         if not error < TOLERANCE:

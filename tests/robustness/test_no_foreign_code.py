@@ -15,7 +15,9 @@ from tests.support import parents
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
-    path for room in ("v4surgery", "scripts", "benchmarks") for path in (ROOT / room).rglob("*.py")
+    path
+    for room in ("v4surgery", "scripts", "benchmarks", "examples")
+    for path in (ROOT / room).rglob("*.py")
 )
 MODULES = {
     "pickle",
@@ -47,6 +49,8 @@ ALLOWED = {
     ("v4surgery/validation/report.py", "jinja2.Environment"): "our own template, autoescaped",
     ("benchmarks/slice_throughput.py", "subprocess.run"): "itself, as a process of its own",
     ("benchmarks/hub_reads.py", "subprocess.Popen"): "itself, as a process of its own",
+    ("benchmarks/distributed.py", "subprocess.run"): "itself, through torchrun",
+    ("examples/train_parent/corpus.py", "subprocess.run"): "pip download of pinned wheels",
     ("scripts/audit_dependencies.py", "subprocess.run"): "pip check, fixed words",
 }
 
