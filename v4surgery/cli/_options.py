@@ -101,3 +101,14 @@ DecodeDevice = Annotated[
         "are the same.",
     ),
 ]
+Prompt = Annotated[str | None, typer.Option(help="A text, as it stands.")]
+Prompts = Annotated[Path | None, typer.Option(help="File of prompts: text, one a line; or .jsonl.")]
+TokenIds = Annotated[str | None, typer.Option(help="Token ids: 0,17,42.")]
+FirstTokens = Annotated[
+    int | None, typer.Option(min=1, help="Only the first tokens of each prompt.")
+]
+WeightMemory = Annotated[str, typer.Option(metavar="SIZE", help="Weights in memory at a time.")]
+ActivationMemory = Annotated[
+    str, typer.Option(metavar="SIZE", help="What the longest prompt may take.")
+]
+Activations = Annotated[str, typer.Option(help="Where they wait between blocks: host or disk.")]

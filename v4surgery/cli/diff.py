@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from v4surgery.cli._options import AsJson, Device, Dtype, Implementation, Mode, Parent, Quiet
+from v4surgery.cli._options import (
+    AsJson,
+    Device,
+    Dtype,
+    FirstTokens,
+    Implementation,
+    Mode,
+    Parent,
+    Prompts,
+    Quiet,
+)
 
 
 def run(
     a: Annotated[str, typer.Argument(metavar="A", help="Folder of a model, or a trace.")],
     b: Annotated[str, typer.Argument(metavar="B", help="What A's errors are relative to.")],
     parent: Parent = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts: text, one a line; or .jsonl.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Only the first tokens of each prompt.")
-    ] = None,
+    prompts: Prompts = None,
+    tokens: FirstTokens = None,
     taps: Annotated[
         str | None, typer.Option(help="Comma-separated: out,attn.in,logits; by default all.")
     ] = None,

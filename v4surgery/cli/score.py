@@ -9,15 +9,22 @@ from typing import Annotated
 import typer
 
 from v4surgery.cli._options import (
+    ActivationMemory,
+    Activations,
     AsJson,
     Device,
     Dtype,
+    FirstTokens,
     Implementation,
     Mode,
+    Prompt,
+    Prompts,
     Quiet,
     Revision,
     Token,
+    TokenIds,
     Verbose,
+    WeightMemory,
     Workers,
 )
 
@@ -25,14 +32,10 @@ from v4surgery.cli._options import (
 def run(
     parent: Annotated[str, typer.Argument(help="A folder, or ORG/NAME[@REVISION] on the Hub.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Scores file to write.")],
-    prompt: Annotated[str | None, typer.Option(help="A text, as it stands.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts: text, one a line; or .jsonl.")
-    ] = None,
-    ids: Annotated[str | None, typer.Option(help="Token ids: 0,17,42.")] = None,
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Only the first tokens of each prompt.")
-    ] = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    ids: TokenIds = None,
+    tokens: FirstTokens = None,
     axes: Annotated[
         str,
         typer.Option(
@@ -52,15 +55,9 @@ def run(
     dtype: Dtype = None,
     device: Device = "cpu",
     implementation: Implementation = "reference",
-    weight_memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Weights in memory at a time.")
-    ] = "8GB",
-    activation_memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="What the longest prompt may take.")
-    ] = "4GB",
-    activations: Annotated[
-        str, typer.Option(help="Where they wait between blocks: host or disk.")
-    ] = "host",
+    weight_memory: WeightMemory = "8GB",
+    activation_memory: ActivationMemory = "4GB",
+    activations: Activations = "host",
     revision: Revision = None,
     token: Token = None,
     max_workers: Workers = None,

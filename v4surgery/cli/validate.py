@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from v4surgery.cli._options import (
+    ActivationMemory,
     AsJson,
     Device,
     Dtype,
+    FirstTokens,
     Implementation,
     Mode,
     Parent,
@@ -31,9 +33,7 @@ def run(
         Path | None,
         typer.Option(help="File of prompts: text, one a line; or .jsonl. Else a few built-in."),
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Only the first tokens of each prompt.")
-    ] = None,
+    tokens: FirstTokens = None,
     masked: Annotated[
         bool, typer.Option("--masked", help="Compare with the masked parent too.")
     ] = False,
@@ -52,9 +52,7 @@ def run(
     weight_memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Weights in memory at a time, of each model.")
     ] = "8GB",
-    activation_memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="What the longest prompt may take.")
-    ] = "4GB",
+    activation_memory: ActivationMemory = "4GB",
     max_workers: Workers = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
