@@ -8,15 +8,14 @@ whole.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from v4surgery.checkpoint.header import build_header
-from v4surgery.checkpoint.shard import PART
-from v4surgery.errors import OutputError
+from v4surgery.checkpoint.shard import PART, writing
 
 _COPY_BYTES = 16 << 20
 
@@ -80,16 +79,10 @@ class AppendedFile:
             self._payload.close()
 
 
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _told(path: Path) -> AbstractContextManager[None]:
     """Turns an OSError into an OutputError that says what is lost."""
-    try:
-        yield
-    except OSError as error:
-        code = errno.errorcode.get(error.errno or 0, "unknown")
-        raise OutputError(
-            f"writing failed: {error.strerror or error}",
-            where=path,
-            value=f"{code}; nothing of this run is kept",
-            hint="mend the cause and run the same command again",
-        ) from error
+    return writing(
+        path,
+        lambda: "nothing of this run is kept",
+        hint="mend the cause and run the same command again",
+    )

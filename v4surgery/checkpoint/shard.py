@@ -25,8 +25,11 @@ _PIECE_BYTES = 512 << 10
 OPEN_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
+RESUMES = "mend the cause and run the same command again: it resumes from what is kept"
+
+
 @contextlib.contextmanager
-def writing(path: Path, kept: Callable[[], str]) -> Iterator[None]:
+def writing(path: Path, kept: Callable[[], str], hint: str = RESUMES) -> Iterator[None]:
     """Turns an OSError of the output side into an OutputError that says how to go on."""
     try:
         yield
@@ -36,7 +39,7 @@ def writing(path: Path, kept: Callable[[], str]) -> Iterator[None]:
             f"writing failed: {error.strerror or error}",
             where=path,
             value=f"{code}; {kept()}",
-            hint="mend the cause and run the same command again: it resumes from what is kept",
+            hint=hint,
         ) from error
 
 
