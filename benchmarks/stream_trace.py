@@ -23,8 +23,8 @@ import torch
 from v4surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from v4surgery.kernels.dispatch import Ops
 from v4surgery.model.numerics import Numerics
-from v4surgery.model.ranges import PIECE_BYTES, RangeLoader
-from v4surgery.model.streaming import Streamer, StreamOptions, tensor_refs
+from v4surgery.model.ranges import PIECE_BYTES, RangeLoader, tensor_refs
+from v4surgery.model.streaming import Streamer, StreamOptions
 from v4surgery.synth import plan_synthesis, write_synthesis
 from v4surgery.version import __version__
 

@@ -38,7 +38,7 @@ def totals_of(scored: Scored, prompts: Sequence[Sequence[int]]) -> Totals:
             AXES,
             tuple(MOMENTS),
             len(prompts),
-            streamer.load_head(),
+            streamer.load_collapse(),
             everything.merge,
         )
         scorer.count_tokens(prompts)

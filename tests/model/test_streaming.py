@@ -13,8 +13,8 @@ from v4surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from v4surgery.errors import UsageError
 from v4surgery.model.loader import load_model
 from v4surgery.model.numerics import Numerics
-from v4surgery.model.ranges import RangeLoader
-from v4surgery.model.streaming import Streamer, StreamOptions, tensor_refs
+from v4surgery.model.ranges import RangeLoader, tensor_refs
+from v4surgery.model.streaming import Streamer, StreamOptions
 
 SMALL_BUDGET = StreamOptions(weight_bytes=1, activations="disk", workers=2)
 
@@ -79,6 +79,21 @@ def test_many_tokens_read_the_experts_ahead(parent: Checkpoint) -> None:
         assert not streamer._reads_experts_ahead(1)
         (logits,) = streamer.run(texts, logits="all")
     assert torch.equal(logits, resident(parent, Numerics(), texts[0]))
+
+
+def test_the_head_is_read_once_where_it_fits(parent: Checkpoint) -> None:
+    """Later prompts read nothing; the head's rows in float32 are the budget that it takes."""
+    head = parent.tensors["head"]
+    rows, channels = head.weight.shape
+    streams = torch.zeros(1, 1, parent.config.hc_mult, channels)
+    for budget, readings in ((4 * rows * channels, 1), (4 * rows * channels - 1, 3)):
+        with Streamer(parent, Numerics(), options=StreamOptions(weight_bytes=budget)) as streamer:
+            streamer.head([streams])
+            first = streamer.loader.bytes_read
+            logits = streamer.head([streams, streams])
+            collapse = first - head.nbytes
+            assert streamer.loader.bytes_read == readings * head.nbytes + 2 * collapse
+        assert torch.equal(logits[0], logits[1])
 
 
 def test_a_prompt_beyond_the_activation_budget_is_refused(parent: Checkpoint) -> None:

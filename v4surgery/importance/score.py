@@ -104,7 +104,7 @@ def score_parent(
                 axes,
                 second_moments,
                 len(prompts),
-                streamer.load_head(),
+                streamer.load_collapse(),
                 write,
                 team,
             )

@@ -22,8 +22,8 @@ from v4surgery.importance.probes.indexer import IndexerProbe
 from v4surgery.importance.probes.probe import Probe, on_output
 from v4surgery.importance.totals import Totals
 from v4surgery.model.block import Block
+from v4surgery.model.ends import Collapse
 from v4surgery.model.mtp import MTPBlock
-from v4surgery.model.streaming import Head
 
 BLOCK_PROBES: Mapping[str, type[Probe]] = {
     "experts": ExpertsProbe,
@@ -67,7 +67,7 @@ class Scorer:
         axes: Collection[str],
         second_moments: Collection[str],
         num_prompts: int,
-        head: Head,
+        head: Collapse,
         done: Callable[[Totals], None],
         team: Team | None = None,
     ) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from v4surgery.checkpoint.matching import TensorRef
+from v4surgery.checkpoint.matching import StoredTensorRef, TensorRef
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.model.loader import TORCH_DTYPE
 
@@ -200,3 +200,8 @@ def view_of(buffer: Tensor, offset: int, ref: TensorRef) -> Tensor:
     if offset % dtype.itemsize:
         flat = flat.clone()
     return flat.view(dtype).reshape(ref.shape)
+
+
+def tensor_refs(stored: StoredTensorRef) -> list[TensorRef]:
+    """The weight, and the scale if there is one."""
+    return [stored.weight] if stored.scale is None else [stored.weight, stored.scale]

@@ -8,46 +8,38 @@ memory or on disk.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from v4surgery.catalogue import Block as BlockSpec
-from v4surgery.checkpoint.matching import StoredTensorRef, TensorRef
+from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Checkpoint
-from v4surgery.config import V4Config
-from v4surgery.distributed.experts import combine_ranks
 from v4surgery.distributed.loading import SharedLoader
 from v4surgery.distributed.team import Team
 from v4surgery.errors import UsageError
+from v4surgery.model.activations import ActivationStore
 from v4surgery.model.block import Block
 from v4surgery.model.cache import LayerCache, Progress
-from v4surgery.model.hyper_connections import Connected
-from v4surgery.model.linear import Linear
+from v4surgery.model.ends import Collapse, Ends
 from v4surgery.model.loader import place, require_loaded
-from v4surgery.model.moe import Expert, Experts, Matrices
 from v4surgery.model.mtp import MTPBlock
-from v4surgery.model.norm import RMSNorm
 from v4surgery.model.numerics import Numerics
-from v4surgery.model.ranges import RangeLoader
+from v4surgery.model.ranges import RangeLoader, tensor_refs
+from v4surgery.model.streamed_experts import StreamedExperts
 
-HEAD_ROWS = 8192
 DEFAULT_WEIGHT_BYTES = 8_000_000_000
 DEFAULT_ACTIVATION_BYTES = 4_000_000_000
 # Streams in and out, the sublayer's input and output, queries and scores of a token, in multiples
 # of one token's streams: an estimate from Flash's shapes, not a measurement.
 ACTIVATION_FACTOR = 24
 
-StoredTensors = dict[str, StoredTensorRef]
 Observer = Callable[[nn.Module, str, int], Callable[[], None]]
 """Called before a module runs a prompt: the module, its prefix, the prompt's number; what it
 returns is called afterwards."""
@@ -90,101 +82,6 @@ class StreamOptions:
             )
 
 
-class StreamedExperts(Experts):
-    """Experts that are read when a token is routed to them, within a budget.
-
-    On several ranks each has a run of them, and reads and runs no others.
-    """
-
-    def __init__(self, streamer: Streamer, prefix: str, stored: StoredTensors, budget: int) -> None:
-        super().__init__()
-        self._streamer, self._prefix, self._stored = streamer, prefix, stored
-        sizes = [item.nbytes for item in stored.values()]
-        self._per_expert = max(sum(sizes) // max(len(sizes) // 3, 1), 1)
-        self._capacity = max(budget // self._per_expert, 1)
-        self._team, count = streamer.team, streamer.config.n_routed_experts
-        self.owned = range(count) if self._team is None else self._team.share(count)
-
-    def agree(self, routed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The first rank's choice: else an expert could be chosen where it is not, by rounding."""
-        if self._team is None:
-            return routed
-        indices, weights = routed
-        return self._team.agree(indices), self._team.agree(weights)
-
-    def combine(self, slots: Tensor, indices: Tensor, shared: Tensor, numerics: Numerics) -> Tensor:
-        """The sum over the experts of all ranks."""
-        if self._team is None:
-            return super().combine(slots, indices, shared, numerics)
-        return combine_ranks(self._team, slots, shared)
-
-    def each(self, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
-        """The experts in order; the next group is read while one computes."""
-        for group in self._groups([e for e in experts if e in self.owned]):
-            yield from super().each(group)
-
-    def _groups(self, experts: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Experts that are in memory together; the next group is read while one computes."""
-        size = max(self._capacity // 2, 1)
-        groups = [experts[i : i + size] for i in range(0, len(experts), size)]
-        for number, group in enumerate(groups):
-            self._require(group)
-            upcoming = groups[number + 1] if number + 1 < len(groups) else []
-            future = self._streamer.background.submit(self._read, upcoming)
-            yield group
-            self._adopt(self._streamer.wait(future), keep=upcoming)
-
-    def batches(self, indices: Tensor) -> Iterator[Matrices]:
-        """As many experts at a time as the budget holds; all at once if they were read ahead."""
-        count = self._streamer.config.n_routed_experts
-        if self._team is None and len(self) == count:
-            yield self.matrices(count, range(count))
-            return
-        chosen = [expert for expert in indices.unique().tolist() if expert in self.owned]
-        if chosen and len(self) == len(self.owned):
-            yield self.matrices(count, self.owned)
-            return
-        for group in self._groups(chosen):
-            yield self.matrices(count, group)
-
-    def adopt_all(self, tensors: dict[TensorRef, Tensor]) -> None:
-        """Take experts that were read ahead."""
-        for expert in self.owned:
-            self._build(expert, tensors)
-
-    def _require(self, experts: Sequence[int]) -> None:
-        self._adopt(self._streamer.timed(lambda: self._read(experts)), keep=experts)
-
-    def _read(self, experts: Sequence[int]) -> dict[TensorRef, Tensor]:
-        missing = [expert for expert in experts if str(expert) not in self]
-        return self._streamer.loader.load(self.refs(missing))
-
-    def refs(self, experts: Iterable[int]) -> list[TensorRef]:
-        """Where some experts are stored."""
-        stems = (stem for expert in experts for stem in self._stems(expert))
-        return [ref for stem in stems for ref in tensor_refs(self._stored[stem])]
-
-    def _adopt(self, tensors: dict[TensorRef, Tensor], keep: Sequence[int]) -> None:
-        if len(self) + len(keep) > self._capacity:
-            for name in [name for name in self if int(name) not in keep]:
-                del self[name]
-        for expert in keep:
-            if str(expert) not in self and tensors:
-                self._build(expert, tensors)
-
-    def _build(self, expert: int, tensors: dict[TensorRef, Tensor]) -> None:
-        module = Expert(self._streamer.config, self._streamer.numerics)
-        for stem in self._stems(expert):
-            stored = self._stored[stem]
-            weight, *scale = (tensors[ref] for ref in tensor_refs(stored))
-            leaf = stem.rsplit(".", 1)[1]
-            place(module, leaf, stored, weight, scale[0] if scale else None, module.numerics)
-        self[str(expert)] = module
-
-    def _stems(self, expert: int) -> list[str]:
-        return [f"{self._prefix}ffn.experts.{expert}.{name}" for name in ("w1", "w2", "w3")]
-
-
 class Streamer:
     """Runs the trunk of a checkpoint block by block.
 
@@ -212,6 +109,7 @@ class Streamer:
             if self.team is None
             else SharedLoader(checkpoint, self.device, workers, self.team)
         )
+        self._ends = Ends(checkpoint, numerics, self.loader, self.options.weight_bytes, self.team)
         self.background = ThreadPoolExecutor(1, "v4surgery-prefetch")
         self.waited = 0.0
         self.timings: list[BlockTiming] = []
@@ -255,13 +153,13 @@ class Streamer:
         Returns:
             Logits of each prompt, float32 ``(positions, V)`` on the host.
         """
-        with _ActivationStore(self.options.activations) as store:
+        with ActivationStore(self.options.activations) as store:
             return self._run(prompts, store, observe, logits, progress, drafters=drafters)
 
     def _run(
         self,
         prompts: Sequence[Sequence[int]],
-        store: _ActivationStore,
+        store: ActivationStore,
         observe: Observer | None,
         logits: str,
         progress: Callable[[BlockTiming], None] | None,
@@ -271,8 +169,23 @@ class Streamer:
         rows = [torch.tensor([ids], dtype=torch.int64) for ids in prompts]
         for number, h in enumerate(self.embed(rows, observe)):
             store[number] = h
+        self._run_trunk(rows, store, observe, progress)
+        for spec in self.drafters if drafters else ():
+            with self._timing(spec.prefix, progress):
+                self._run_drafter(spec, rows, store, observe)
+        streams = (store[number] for number in range(len(rows)))
+        return [] if logits == "none" else self.head(streams, logits, observe)
+
+    def _run_trunk(
+        self,
+        rows: Sequence[Tensor],
+        store: ActivationStore,
+        observe: Observer | None,
+        progress: Callable[[BlockTiming], None] | None,
+    ) -> None:
+        """All prompts through one block, while the next one is read."""
         specs = [spec for spec in self.checkpoint.catalogue.blocks if not spec.is_drafter]
-        ahead = self._reads_experts_ahead(sum(len(ids) for ids in prompts))
+        ahead = self._reads_experts_ahead(sum(ids.shape[1] for ids in rows))
         future = self.background.submit(self._fetch_block, specs[0], ahead)
         for spec, upcoming in zip(specs, [*specs[1:], None], strict=True):
             with self._timing(spec.prefix, progress):
@@ -284,11 +197,6 @@ class Streamer:
                     store[number] = self.run_block(block, store[number], ids)
                     if detach is not None:
                         detach()
-        for spec in self.drafters if drafters else ():
-            with self._timing(spec.prefix, progress):
-                self._run_drafter(spec, rows, store, observe)
-        streams = (store[number] for number in range(len(rows)))
-        return [] if logits == "none" else self.head(streams, logits, observe)
 
     @property
     def drafters(self) -> list[BlockSpec]:
@@ -299,7 +207,7 @@ class Streamer:
         self,
         spec: BlockSpec,
         rows: Sequence[Tensor],
-        store: _ActivationStore,
+        store: ActivationStore,
         observe: Observer | None,
     ) -> None:
         """A drafter on every prompt of two or more tokens."""
@@ -366,7 +274,7 @@ class Streamer:
         size //= 1 if self.team is None else self.team.size
         return often and 2 * size <= self.options.weight_bytes
 
-    def _stored(self, prefix: str, *, experts: bool) -> StoredTensors:
+    def _stored(self, prefix: str, *, experts: bool) -> dict[str, StoredTensorRef]:
         return {
             stem: stored
             for stem, stored in self.checkpoint.tensors.items()
@@ -431,7 +339,7 @@ class Streamer:
         """
         self._check_activations(max(ids.shape[1] for ids in rows))
         used = torch.cat([ids[0] for ids in rows]).unique()
-        table = self._read_rows(self.checkpoint.tensors["embed"], used)
+        table = self._ends.embedded(used)
         for number, ids in enumerate(rows):
             x = table[torch.searchsorted(used, ids)]
             embedded = _Passed()
@@ -440,23 +348,6 @@ class Streamer:
             if detach is not None:
                 detach()
             yield streams
-
-    def _read_rows(self, stored: StoredTensorRef, rows: Tensor) -> Tensor:
-        """Some rows of a stored matrix, on the host; each rank reads a part of them."""
-
-        def read(some: Tensor) -> Tensor:
-            values = self.checkpoint.read_float(stored, some.numpy())
-            return torch.from_numpy(values).to(self.numerics.dtype)
-
-        if self.team is None:
-            return read(rows)
-        part = -(-len(rows) // self.team.size)
-        mine = rows[self.team.place * part :][:part]
-        parts = torch.zeros(self.team.size, part, stored.weight.shape[1], dtype=self.numerics.dtype)
-        if len(mine):
-            parts[self.team.place, : len(mine)] = read(mine)
-        self.team.join(parts)
-        return parts.flatten(0, 1)[: len(rows)]
 
     def head(
         self, streams: Iterable[Tensor], wanted: str = "all", observe: Observer | None = None
@@ -468,47 +359,21 @@ class Streamer:
             wanted: ``all`` positions, or the ``last``.
             observe: See :meth:`run`.
         """
-        trunk = self.load_head()
+        collapse = self.load_collapse()
         outputs = []
         for number, h in enumerate(streams):
             h = h.to(self.device)
-            x = trunk(h if wanted == "all" else h[:, -1:])
+            x = collapse(h if wanted == "all" else h[:, -1:])
             head = _Passed()
             detach = observe(head, "logits", number) if observe else None
-            outputs.append(head(self._project(x))[0].cpu())
+            outputs.append(head(self._ends.project(x))[0].cpu())
             if detach is not None:
                 detach()
         return outputs
 
-    def load_head(self) -> Head:
+    def load_collapse(self) -> Collapse:
         """The collapse of the last streams and the last norm, on the device."""
-        trunk = Head(self.config, self.numerics)
-        stems = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
-        refs = [self.checkpoint.tensors[stem] for stem in stems]
-        tensors = self.loader.load_common([stored.weight for stored in refs])
-        for stem, stored in zip(stems, refs, strict=True):
-            place(trunk, stem, stored, tensors[stored.weight], None, self.numerics)
-        return trunk.to(self.device)
-
-    def _project(self, x: Tensor) -> Tensor:
-        """Logits ``(1, S, V)``, a slice of the head's rows at a time."""
-        stored = self.checkpoint.tensors["head"]
-        ref = stored.weight
-        parts = []
-        for begin in range(0, ref.shape[0], HEAD_ROWS):
-            end = min(begin + HEAD_ROWS, ref.shape[0])
-            rows = TensorRef(
-                ref.file,
-                ref.dtype,
-                (end - begin, *ref.shape[1:]),
-                ref.begin + begin * ref.row_bytes,
-                ref.begin + end * ref.row_bytes,
-            )
-            linear = Linear(end - begin, self.config.hidden_size, self.numerics)
-            weight = self.loader.load_common([rows])[rows]
-            linear.weight = nn.Parameter(weight.to(self.numerics.dtype), requires_grad=False)
-            parts.append(linear.wide(x))
-        return torch.cat(parts, -1)
+        return self._ends.load_collapse()
 
 
 class _Passed(nn.Module):
@@ -516,52 +381,3 @@ class _Passed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
-
-
-class Head(Connected):
-    """Collapse of the streams and the last norm."""
-
-    def __init__(self, config: V4Config, numerics: Numerics) -> None:
-        super().__init__(config, numerics)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, numerics)
-        self.add_connection("head", config.hc_mult, 1)
-
-    def forward(self, h: Tensor) -> Tensor:
-        x: Tensor = self.norm(self.collapse_head(h))
-        return x
-
-
-class _ActivationStore:
-    """Streams of every prompt between blocks: in host memory, or in files of a temporary folder."""
-
-    def __init__(self, place: str) -> None:
-        self._memory: dict[int, Tensor] = {}
-        self._folder = tempfile.TemporaryDirectory() if place == "disk" else None
-
-    def __enter__(self) -> _ActivationStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
-
-    def __setitem__(self, number: int, h: Tensor) -> None:
-        if self._folder is None:
-            self._memory[number] = h.cpu()
-        else:
-            save_file({"h": h.contiguous().cpu()}, self._path(number))
-
-    def __getitem__(self, number: int) -> Tensor:
-        if self._folder is None:
-            return self._memory[number]
-        # A copy lies where torch aligns it; off its alignment a product may round otherwise.
-        return load_file(self._path(number))["h"].clone()
-
-    def _path(self, number: int) -> Path:
-        assert self._folder is not None
-        return Path(self._folder.name) / f"{number}.safetensors"
-
-
-def tensor_refs(stored: StoredTensorRef) -> list[TensorRef]:
-    """The weight, and the scale if there is one."""
-    return [stored.weight] if stored.scale is None else [stored.weight, stored.scale]

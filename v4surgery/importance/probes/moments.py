@@ -19,7 +19,7 @@ from v4surgery.importance.probes.probe import (
 )
 from v4surgery.importance.totals import Totals
 from v4surgery.model.block import Block
-from v4surgery.model.streaming import Head
+from v4surgery.model.ends import Collapse
 
 HIDDEN_SIZE = key_of(SECOND_MOMENT, MOMENTS["hidden_size"])
 
@@ -73,7 +73,7 @@ def add_hidden(model: Totals, x: Tensor, eps: float) -> None:
     model.add(HIDDEN_SIZE, x.T @ x, len(x))
 
 
-def add_end(model: Totals, head: Head, h: Tensor) -> None:
+def add_end(model: Totals, head: Collapse, h: Tensor) -> None:
     """What the head's collapse adds to the model's matrix."""
     add_hidden(model, head.collapse_head(h), head.config.rms_norm_eps)
 

@@ -14,7 +14,7 @@ from v4surgery.importance.names import key_of
 from v4surgery.importance.probes.probe import Probe, on_input, on_output, steps_of, tokens_of
 from v4surgery.importance.totals import Totals
 from v4surgery.model.block import Block
-from v4surgery.model.streaming import Head
+from v4surgery.model.ends import Collapse
 
 INFLUENCE = key_of("influence", "layers")
 
@@ -54,7 +54,7 @@ class LayersProbe(Probe):
         return [on_input(block, lambda h: seen.update(before=h)), on_output(block, after)]
 
 
-def add_end(model: Totals, head: Head, h: Tensor, *, channels: bool, streams: bool) -> None:
+def add_end(model: Totals, head: Collapse, h: Tensor, *, channels: bool, streams: bool) -> None:
     """What the end of the trunk adds: streams after the last block, and the last norm's output."""
     if channels:
         add_channels(model, tokens_of(h))
