@@ -1,13 +1,16 @@
 """How a forward speeds up over GPUs of one machine, beside what the model of it expects.
 
-    python benchmarks/distributed.py --gpus 2 --work DIR --layers 4
+    python benchmarks/distributed.py --ranks 2 --work DIR --layers 4 [--one-gpu]
 
-Makes a dense synthetic parent of V4-Flash's widths with a few layers, then runs on 1 and on --gpus
-GPUs of this machine, through torchrun. For each way of reading (page cache dropped, warm, and warm
+Makes a dense synthetic parent of V4-Flash's widths with a few layers, then runs 1 rank and --ranks
+through torchrun, each on a GPU of its own. With --one-gpu they share the first GPU: what is read
+by several ranks at a time is then as fast as elsewhere, computing is not, and NCCL, which takes
+them for ranks of several machines, exchanges through sockets. On --device cpu they share the cores,
+each with its part of the threads. For each way of reading (page cache dropped, warm, and warm
 with one reading thread a rank): every layer to the devices and nothing else, and the streamed
 forward. Then the forward with all layers resident. Logits and last streams are compared with those
-of one GPU. Prints JSON lines as they are measured; the last ones have speed-ups and the model's
-predictions (v4surgery.distributed.forecast), whose rates are of one GPU, of the storage and of the
+of one rank. Prints JSON lines as they are measured; the last ones have speed-ups and the model's
+predictions (v4surgery.distributed.forecast), whose rates are of one rank, of the storage and of the
 link.
 """
 
@@ -33,7 +36,7 @@ from torch import Tensor
 from v4surgery.catalogue import Block as BlockSpec
 from v4surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from v4surgery.distributed.forecast import Rates, Work, forecast
-from v4surgery.distributed.launch import find_launch
+from v4surgery.distributed.launch import Launch, find_launch
 from v4surgery.distributed.team import Team, form_team, rank_device
 from v4surgery.kernels.dispatch import Ops
 from v4surgery.model.block import Block
@@ -59,7 +62,8 @@ TOLERANCE = 0.05
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--one-gpu", action="store_true", help="all ranks on the first GPU")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--experts", type=int, default=256)
@@ -75,7 +79,7 @@ def main() -> None:
         measure(options)
         return
     make_parent(options)
-    results = [run_ranks(options, ranks) for ranks in sorted({1, options.gpus})]
+    results = [run_ranks(options, ranks) for ranks in sorted({1, options.ranks})]
     for line in compare(options, results[0], results[-1]):
         print(json.dumps(line))
 
@@ -96,7 +100,11 @@ def run_ranks(options: argparse.Namespace, ranks: int) -> dict[str, Any]:
     result.unlink(missing_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     begin = [sys.executable, *(launcher if ranks > 1 else [])]
-    subprocess.run([*begin, __file__, *sys.argv[1:], "--rank-of", str(result)], check=True)
+    environment = dict(os.environ)
+    if options.device == "cpu":
+        environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // ranks, 1))
+    command = [*begin, __file__, *sys.argv[1:], "--rank-of", str(result)]
+    subprocess.run(command, check=True, env=environment)
     found: dict[str, Any] = json.loads(result.read_text())
     return found
 
@@ -105,13 +113,15 @@ def measure(options: argparse.Namespace) -> None:
     """All cases on one rank of a run."""
     launch = find_launch()
     torch.set_grad_enabled(False)
-    name = options.device if launch is None else rank_device(options.device, launch)
+    name = device_of(options, launch)
     team = form_team(name)
     bench = Bench(options, torch.device(name), team)
     result: dict[str, Any] = {
         "case": "machine",
-        "gpus": bench.ranks,
+        "ranks": bench.ranks,
+        "ranks_a_device": bench.ranks_a_device,
         "device": name_of(bench.device),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if options.device != "cpu" else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "v4surgery": __version__,
@@ -129,15 +139,26 @@ def measure(options: argparse.Namespace) -> None:
             result[f"streamed {setting}"] = bench.streamed(checkpoint, setting, options.rounds)
             for case in ("read", "streamed"):
                 found = result[f"{case} {setting}"]
-                bench.say({"case": f"{case} {setting}", "gpus": bench.ranks, **found})
+                bench.say({"case": f"{case} {setting}", "ranks": bench.ranks, **found})
         result["resident"] = bench.resident(checkpoint)
         result["link_bytes_per_s"] = bench.link(checkpoint.config.hidden_size)
         last = {"link_bytes_per_s": result["link_bytes_per_s"], **result["resident"]}
-        bench.say({"case": "resident", "gpus": bench.ranks, **last})
+        bench.say({"case": "resident", "ranks": bench.ranks, **last})
     if bench.is_first:
         options.rank_of.write_text(json.dumps(result))
     if team is not None:
         team.close()
+
+
+def device_of(options: argparse.Namespace, launch: Launch | None) -> str:
+    """Where this rank computes."""
+    if launch is None or options.device == "cpu":
+        return str(options.device)
+    if not options.one_gpu:
+        return rank_device(options.device, launch)
+    # NCCL refuses two ranks on one GPU of a host.
+    os.environ["NCCL_HOSTID"] = f"host-{launch.rank}"
+    return "cuda:0"
 
 
 def work_of(checkpoint: Checkpoint, tokens: int) -> Work:
@@ -273,6 +294,10 @@ class Bench:
     def ranks(self) -> int:
         return 1 if self.team is None else self.team.size
 
+    @property
+    def ranks_a_device(self) -> int:
+        return self.ranks if self.options.one_gpu or self.device.type == "cpu" else 1
+
     def say(self, line: dict[str, Any]) -> None:
         if self.is_first:
             print(json.dumps(line), flush=True)
@@ -326,12 +351,12 @@ def compare(
     options: argparse.Namespace, one: dict[str, Any], many: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Speed-ups, predictions and how far results are apart."""
-    ranks = many["gpus"]
+    ranks = many["ranks"]
     for case in [key for key in one if key.partition(" ")[0] in ("read", "streamed", "resident")]:
         times = [best_of(result[case]["seconds"]) for result in (one, many)]
         line = {
             "case": case,
-            "gpus": ranks,
+            "ranks": ranks,
             "seconds_1": round(times[0], 4),
             f"seconds_{ranks}": round(times[1], 4),
             "speed_up": round(times[0] / times[1], 3),
@@ -366,7 +391,8 @@ def predict(case: str, one: dict[str, Any], many: dict[str, Any], ranks: int) ->
         replicated_seconds=max(whole - experts, 0.0),
         expert_seconds=experts,
     )
-    expected = forecast(work, rates, ranks)
+    shared = many["ranks_a_device"] if ranks > 1 else 1
+    expected = forecast(work, rates, ranks, shared)
     return expected.streamed if is_streamed else expected.resident
 
 

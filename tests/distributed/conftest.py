@@ -63,7 +63,8 @@ def launcher(*options: object) -> list[object]:
 def rank_environment() -> dict[str, str]:
     """One thread a rank, the package of this checkout, no torchrun around."""
     kept = {name: value for name, value in os.environ.items() if "RANK" not in name}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), kept.get("PYTHONPATH")]))
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def alone(*args: object) -> None:

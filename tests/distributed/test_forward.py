@@ -18,12 +18,17 @@ from tests.distributed.conftest import PER_TOKEN, Torchrun, alone
 
 LAYERS = 4
 TOLERANCE = 8 * LAYERS * (PER_TOKEN + 3) * 2**-24
+# The smallest scores are differences of nearly equal numbers (1 - cos): a digit more.
+SCORES = 10 * TOLERANCE
 PROMPTS = [list(range(40)), [5], [7, 7, 7]]
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
+
+
+def write_prompts(path: Path) -> Path:
     path.write_text("".join(json.dumps({"ids": ids}) + "\n" for ids in PROMPTS))
     return path
 
@@ -82,8 +87,7 @@ def test_scores_are_equal(torchrun: Torchrun, parent: Path, prompts: Path, tmp_p
     alone(*arguments, "--out", one)
     done = torchrun(2, *arguments, "--out", two)
     assert done.code == 0, done.err
-    # The smallest scores are differences of nearly equal numbers (1 - cos): a digit more.
-    require_equal(one, two, 10 * TOLERANCE)
+    require_equal(one, two, SCORES)
 
 
 def test_a_validation_has_the_same_numbers(

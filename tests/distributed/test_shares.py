@@ -87,3 +87,9 @@ def test_what_every_rank_computes_does_not_shrink() -> None:
     rates = Rates(1e12, 1e12, 1e12, replicated_seconds=1.0, expert_seconds=1.0)
     assert forecast(WORK, rates, 1).resident == pytest.approx(20)
     assert forecast(WORK, rates, 1000).resident == pytest.approx(10, rel=0.01)
+
+
+def test_ranks_on_one_device_share_it() -> None:
+    """Two ranks do what is replicated twice, one after the other; the experts once."""
+    rates = Rates(1e12, 1e12, 1e12, replicated_seconds=1.0, expert_seconds=1.0)
+    assert forecast(WORK, rates, 2, ranks_a_device=2).resident == pytest.approx(30, rel=0.01)

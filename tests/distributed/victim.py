@@ -2,6 +2,9 @@
 
 After ``count`` chunks of a slice (place ``chunk``) or blocks of a forward (``block``) the rank is
 killed (``kill``), finds its disk full (``full``), or meets bytes that it cannot read (``unread``).
+
+With SHARED_GPU all ranks compute on the first GPU. NCCL refuses two ranks on one GPU of a host, so
+each says that it is on a host of its own, and NCCL goes through sockets.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import os
 import signal
 from typing import Any
 
-rank, what, place, count = os.environ["VICTIM"].split(":")
+rank, what, place, count = os.environ.get("VICTIM", "-1:::0").split(":")
 left = int(count)
 
 
@@ -48,6 +51,12 @@ if os.environ["RANK"] == rank:
         from v4surgery.model.streaming import Streamer
 
         before(Streamer, "run_block")
+
+if "SHARED_GPU" in os.environ:
+    from v4surgery.distributed import team
+
+    os.environ["NCCL_HOSTID"] = f"host-{os.environ['RANK']}"
+    team.rank_device = lambda name, _: name if name == "cpu" else "cuda:0"
 
 from v4surgery.cli import main  # noqa: E402 - the accident is prepared first
 

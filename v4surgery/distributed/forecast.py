@@ -7,7 +7,8 @@
 since a layer is read while the one before it computes. A rank computes everything but the routed
 experts itself (attention, norms, the shared expert, streams to the host and back), and of those
 its share. Exchanged are each layer's dense weights (an all-gather: every rank receives what others
-read) and the experts' sums (an all-reduce of float32: 2 (n - 1) / n times their bytes).
+read) and the experts' sums (an all-reduce of float32: 2 (n - 1) / n times their bytes). Ranks that
+share a device, as those on the cores of one machine do, compute one after the other there.
 """
 
 from __future__ import annotations
@@ -78,15 +79,22 @@ class Forecast:
     resident: float
 
 
-def forecast(work: Work, rates: Rates, ranks: int) -> Forecast:
-    """The expected time on so many ranks."""
+def forecast(work: Work, rates: Rates, ranks: int, ranks_a_device: int = 1) -> Forecast:
+    """The expected time on so many ranks.
+
+    Args:
+        work: What is to be done.
+        rates: Of one rank that has a device for itself.
+        ranks: All of them.
+        ranks_a_device: How many share one GPU, or the cores of one machine.
+    """
     rate = min(ranks * rates.rank_read, rates.storage_read)
     read = (work.expert_bytes + work.dense_bytes) / rate
     others = (ranks - 1) / ranks
     sums = 4 * work.tokens * work.hidden_size
     summing = 2 * others * sums / rates.link
     exchange = summing + others * work.dense_bytes / rates.link
-    own = rates.replicated_seconds + rates.expert_seconds / ranks
+    own = ranks_a_device * (rates.replicated_seconds + rates.expert_seconds / ranks)
     compute = own + exchange
     streamed = read + (work.layers - 1) * max(read, compute) + compute + work.head_bytes / rate
     return Forecast(read, exchange, compute, streamed, work.layers * (own + summing))
