@@ -111,4 +111,6 @@ WeightMemory = Annotated[str, typer.Option(metavar="SIZE", help="Weights in memo
 ActivationMemory = Annotated[
     str, typer.Option(metavar="SIZE", help="What the longest prompt may take.")
 ]
-Activations = Annotated[str, typer.Option(help="Where they wait between blocks: host or disk.")]
+Activations = Annotated[
+    str, typer.Option(help="Where they wait between blocks if not on the GPU: host or disk.")
+]

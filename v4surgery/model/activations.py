@@ -10,9 +10,15 @@ from torch import Tensor
 
 
 class ActivationStore:
-    """Streams of every prompt between blocks: in host memory, or in files of a temporary folder."""
+    """Streams of every prompt between blocks.
+
+    Args:
+        place: ``device`` (where they are), ``host`` memory, or ``disk``: files of a temporary
+            folder.
+    """
 
     def __init__(self, place: str) -> None:
+        self._place = place
         self._memory: dict[int, Tensor] = {}
         self._folder = tempfile.TemporaryDirectory() if place == "disk" else None
 
@@ -25,7 +31,7 @@ class ActivationStore:
 
     def __setitem__(self, number: int, h: Tensor) -> None:
         if self._folder is None:
-            self._memory[number] = h.cpu()
+            self._memory[number] = h if self._place == "device" else h.cpu()
         else:
             save_file({"h": h.contiguous().cpu()}, self._path(number))
 

@@ -2,8 +2,8 @@
 
 A block's dense weights are read while the block before it computes. Its experts are read when the
 gate has chosen, only those that were routed to; where there are so many tokens that nearly all
-will be, they are read ahead with the rest. Between blocks the streams wait on the device, in host
-memory or on disk.
+will be, they are read ahead with the rest. Between blocks the streams wait on a GPU that has room
+for them, or else in host memory or on disk.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class StreamOptions:
     Attributes:
         weight_bytes: Weights in memory at a time: two blocks' dense weights, and experts.
         activation_bytes: What the longest prompt may take on the device.
-        activations: Where the streams wait between blocks: ``host`` or ``disk``.
+        activations: Where the streams wait between blocks that find no room on a GPU: ``host`` or
+            ``disk``.
         workers: Reading threads.
         team: Ranks that split experts and reading between them; None for one process. Budgets are
             each rank's.
@@ -113,6 +114,7 @@ class Streamer:
         self.background = ThreadPoolExecutor(1, "v4surgery-prefetch")
         self.waited = 0.0
         self.timings: list[BlockTiming] = []
+        self._counted = 0
 
     @property
     def bytes_read(self) -> int:
@@ -153,7 +155,7 @@ class Streamer:
         Returns:
             Logits of each prompt, float32 ``(positions, V)`` on the host.
         """
-        with ActivationStore(self.options.activations) as store:
+        with ActivationStore(self._place_of_streams(prompts)) as store:
             return self._run(prompts, store, observe, logits, progress, drafters=drafters)
 
     def _run(
@@ -167,36 +169,43 @@ class Streamer:
         drafters: bool,
     ) -> list[Tensor]:
         rows = [torch.tensor([ids], dtype=torch.int64) for ids in prompts]
+        self._check_activations(max(map(len, prompts)))
+        specs = [spec for spec in self.checkpoint.catalogue.blocks if not spec.is_drafter]
+        ahead = self._reads_experts_ahead(sum(map(len, prompts)))
+
+        def fetch(spec: BlockSpec) -> Future[Callable[[], Block]]:
+            return self.background.submit(self._fetch_block, spec, ahead)
+
+        fetched = fetch(specs[0])
         for number, h in enumerate(self.embed(rows, observe)):
             store[number] = h
-        self._run_trunk(rows, store, observe, progress)
+        for spec, upcoming in zip(specs, [*specs[1:], None], strict=True):
+            with self._timing(spec.prefix, progress):
+                block = self.timed(self.wait(fetched))
+                if upcoming is not None:
+                    fetched = fetch(upcoming)
+                self._run_prompts(block, spec.prefix, rows, store, observe)
+            del block
         for spec in self.drafters if drafters else ():
             with self._timing(spec.prefix, progress):
                 self._run_drafter(spec, rows, store, observe)
         streams = (store[number] for number in range(len(rows)))
         return [] if logits == "none" else self.head(streams, logits, observe)
 
-    def _run_trunk(
+    def _run_prompts(
         self,
+        block: Block,
+        prefix: str,
         rows: Sequence[Tensor],
         store: ActivationStore,
         observe: Observer | None,
-        progress: Callable[[BlockTiming], None] | None,
     ) -> None:
-        """All prompts through one block, while the next one is read."""
-        specs = [spec for spec in self.checkpoint.catalogue.blocks if not spec.is_drafter]
-        ahead = self._reads_experts_ahead(sum(ids.shape[1] for ids in rows))
-        future = self.background.submit(self._fetch_block, specs[0], ahead)
-        for spec, upcoming in zip(specs, [*specs[1:], None], strict=True):
-            with self._timing(spec.prefix, progress):
-                block = self.timed(self.wait(future))
-                if upcoming is not None:
-                    future = self.background.submit(self._fetch_block, upcoming, ahead)
-                for number, ids in enumerate(rows):
-                    detach = observe(block, spec.prefix, number) if observe else None
-                    store[number] = self.run_block(block, store[number], ids)
-                    if detach is not None:
-                        detach()
+        """Every prompt through a block."""
+        for number, ids in enumerate(rows):
+            detach = observe(block, prefix, number) if observe else None
+            store[number] = self.run_block(block, store[number], ids)
+            if detach is not None:
+                detach()
 
     @property
     def drafters(self) -> list[BlockSpec]:
@@ -230,15 +239,12 @@ class Streamer:
     def _timing(
         self, prefix: str, progress: Callable[[BlockTiming], None] | None
     ) -> Iterator[None]:
-        """Records what one block costs."""
-        began, read, waited = time.perf_counter(), self.loader.bytes_read, self.waited
+        """Records what one block costs; bytes are all since the block before."""
+        began, waited = time.perf_counter(), self.waited
         yield
-        timing = BlockTiming(
-            prefix,
-            time.perf_counter() - began,
-            self.waited - waited,
-            self.loader.bytes_read - read,
-        )
+        read, self._counted = self.loader.bytes_read - self._counted, self.loader.bytes_read
+        seconds = time.perf_counter() - began
+        timing = BlockTiming(prefix, seconds, self.waited - waited, read)
         self.timings.append(timing)
         if progress is not None:
             progress(timing)
@@ -253,9 +259,20 @@ class Streamer:
         self.waited += time.perf_counter() - began
         return result
 
+    def _place_of_streams(self, prompts: Sequence[Sequence[int]]) -> str:
+        """The device where all prompts' fit beside the longest one's activations."""
+        longest, all_tokens = max(map(len, prompts)), sum(map(len, prompts))
+        needed = self._token_bytes * (longest * ACTIVATION_FACTOR + all_tokens - longest)
+        is_roomy = self.device.type != "cpu" and needed <= self.options.activation_bytes
+        return "device" if is_roomy else self.options.activations
+
+    @property
+    def _token_bytes(self) -> int:
+        """Of a token's streams."""
+        return self.config.hc_mult * self.config.hidden_size * self.numerics.dtype.itemsize
+
     def _check_activations(self, num_tokens: int) -> None:
-        token = self.config.hc_mult * self.config.hidden_size * self.numerics.dtype.itemsize
-        needed = num_tokens * token * ACTIVATION_FACTOR
+        needed = num_tokens * self._token_bytes * ACTIVATION_FACTOR
         if needed > self.options.activation_bytes:
             raise UsageError(
                 "the longest prompt does not fit the memory for activations",
