@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.support.parents import write_small_parent
+from v4surgery.checkpoint.matching import TensorRef
 from v4surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from v4surgery.errors import UsageError
-from v4surgery.model.loader import load_model
+from v4surgery.model.loader import TORCH_DTYPE, load_model
 from v4surgery.model.numerics import Numerics
-from v4surgery.model.ranges import RangeLoader, tensor_refs
+from v4surgery.model.ranges import RangeLoader, lay_out, tensor_refs
 from v4surgery.model.streaming import Streamer, StreamOptions
 
 SMALL_BUDGET = StreamOptions(weight_bytes=1, activations="disk", workers=2)
@@ -169,3 +172,18 @@ def test_closing_leaves_no_threads_behind(parent: Checkpoint, tmp_path: Path) ->
     with Streamer(parent, Numerics(), options=SMALL_BUDGET) as streamer:
         streamer.run(prompts(parent, 5))
     assert threading.active_count() <= before
+
+
+@given(st.integers(0, 15).map(lambda n: 4096 + n), st.sampled_from(["BF16", "F32", "I64", "I8"]))
+def test_tensors_lie_aligned_wherever_the_header_ends(begin: int, dtype: str) -> None:
+    """What neighbours in a file were aligned to there they are here; whole runs to 16 bytes."""
+    size = TORCH_DTYPE[dtype].itemsize
+    refs = [
+        TensorRef("a", dtype, (4, 16), at, at + 64 * size)
+        for at in range(begin, begin + 3 * 64 * size, 64 * size)
+    ]
+    _, offsets, _, pieces = lay_out(refs)
+    for ref in refs:
+        assert begin % size or offsets[ref] % size == 0
+        assert begin % 8 or offsets[ref] % 16 == 0
+    assert len(pieces) == 1

@@ -22,6 +22,7 @@ from v4surgery.model.loader import TORCH_DTYPE
 
 PIECE_BYTES = 8 << 20
 ALIGNMENT = 16
+ELEMENT = 8
 Tensors = dict[TensorRef, Tensor]
 
 
@@ -169,8 +170,9 @@ def _offsets(ordered: Sequence[TensorRef]) -> dict[TensorRef, int]:
     end, before = 0, ("", -1)
     for ref in ordered:
         if before != (ref.file, ref.begin):
-            # The same remainder as in the file, so that what is aligned there is aligned here.
-            end = -(-end // ALIGNMENT) * ALIGNMENT + ref.begin % ALIGNMENT
+            # Elements of up to 8 bytes lie aligned if they do in the file. Kernels want 16 bytes,
+            # which a run has from here on if its sizes are multiples, wherever the header ends.
+            end = -(-end // ALIGNMENT) * ALIGNMENT + ref.begin % ELEMENT
         offsets[ref] = end
         end += ref.end - ref.begin
         before = (ref.file, ref.end)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -81,6 +81,11 @@ class StreamedExperts(Experts):
         """Take experts that were read ahead."""
         for expert in self.owned:
             self._build(expert, tensors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StreamedExperts:
+        """Nothing moves: what was read is on its device."""
+        del fn, recurse
+        return self
 
     def _require(self, experts: Sequence[int]) -> None:
         self._adopt(self._streamer.timed(lambda: self._read(experts)), keep=experts)
