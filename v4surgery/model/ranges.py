@@ -21,8 +21,7 @@ from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.model.loader import TORCH_DTYPE
 
 PIECE_BYTES = 8 << 20
-ALIGNMENT = 16
-ELEMENT = 8
+ALIGNMENT = 16  # what kernels want of every matrix
 Tensors = dict[TensorRef, Tensor]
 
 
@@ -63,16 +62,12 @@ class RangeLoader:
         """
         ordered, offsets, size, pieces = lay_out(refs)
         buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-        aligned = {ref: offsets[ref] % TORCH_DTYPE[ref.dtype].itemsize == 0 for ref in ordered}
         views: Tensors = {}
 
-        def make_views() -> None:  # what is not aligned must be copied afterwards
-            views.update(
-                {ref: view_of(buffer, offsets[ref], ref) for ref in ordered if aligned[ref]}
-            )
+        def make_views() -> None:
+            views.update({ref: view_of(buffer, offsets[ref], ref) for ref in ordered})
 
         self.read(buffer, pieces, meanwhile=make_views)
-        views |= {ref: view_of(buffer, offsets[ref], ref) for ref in ordered if not aligned[ref]}
         with self._lock:
             self.bytes_read += sum(ref.end - ref.begin for ref in ordered)
         return views
@@ -165,24 +160,21 @@ def lay_out(
 
 
 def _offsets(ordered: Sequence[TensorRef]) -> dict[TensorRef, int]:
-    """Place of each tensor in the buffer; neighbours in a file stay neighbours."""
+    """Place of each tensor in the buffer, aligned; neighbours in a file are mostly neighbours."""
     offsets: dict[TensorRef, int] = {}
-    end, before = 0, ("", -1)
+    end = 0
     for ref in ordered:
-        if before != (ref.file, ref.begin):
-            # Elements of up to 8 bytes lie aligned if they do in the file. Kernels want 16 bytes,
-            # which a run has from here on if its sizes are multiples, wherever the header ends.
-            end = -(-end // ALIGNMENT) * ALIGNMENT + ref.begin % ELEMENT
-        offsets[ref] = end
-        end += ref.end - ref.begin
-        before = (ref.file, ref.end)
+        offsets[ref] = -(-end // ALIGNMENT) * ALIGNMENT
+        end = offsets[ref] + ref.end - ref.begin
     return offsets
 
 
 def _pieces(ordered: Sequence[TensorRef], offsets: dict[TensorRef, int]) -> list[Piece]:
-    """Runs of adjacent tensors, cut to the size of a staging buffer."""
+    """Runs of tensors that are adjacent in file and buffer, cut to the size of a staging buffer."""
     breaks = [
-        i + 1 for i, (a, b) in enumerate(pairwise(ordered)) if (a.file, a.end) != (b.file, b.begin)
+        i + 1
+        for i, (a, b) in enumerate(pairwise(ordered))
+        if (a.file, a.end, offsets[a] - a.begin) != (b.file, b.begin, offsets[b] - b.begin)
     ]
     pieces = []
     for first, last in pairwise([0, *breaks, len(ordered)]):
@@ -196,12 +188,9 @@ def _pieces(ordered: Sequence[TensorRef], offsets: dict[TensorRef, int]) -> list
 
 
 def view_of(buffer: Tensor, offset: int, ref: TensorRef) -> Tensor:
-    """A tensor in a buffer; copied where it does not lie aligned."""
-    dtype = TORCH_DTYPE[ref.dtype]
+    """A tensor in a buffer."""
     flat = buffer[offset : offset + ref.end - ref.begin]
-    if offset % dtype.itemsize:
-        flat = flat.clone()
-    return flat.view(dtype).reshape(ref.shape)
+    return flat.view(TORCH_DTYPE[ref.dtype]).reshape(ref.shape)
 
 
 def tensor_refs(stored: StoredTensorRef) -> list[TensorRef]:
