@@ -22,8 +22,8 @@ import v4surgery
 from tests.support import parents
 from tests.support.parents import RawTensor, Shards
 from v4surgery.checkpoint import reader
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Checkpoint, decode, row_segments
+from v4surgery.checkpoint.refs import StoredTensorRef
 from v4surgery.errors import (
     CatalogueError,
     CheckpointError,

@@ -21,9 +21,10 @@ from v4surgery import formats
 from v4surgery.catalogue import BF16, FP4, FP8, FP8_F32, QUANTIZED
 from v4surgery.checkpoint.header import read_header
 from v4surgery.checkpoint.layout import INDEX_FILE, SINGLE_FILE
-from v4surgery.checkpoint.matching import StoredTensorRef, TensorRef, match_tensors
+from v4surgery.checkpoint.matching import match_tensors
 from v4surgery.checkpoint.official_view import as_published
 from v4surgery.checkpoint.place import open_source
+from v4surgery.checkpoint.refs import StoredTensorRef, TensorRef
 from v4surgery.checkpoint.source import Source, merge_ranges, safe_basename
 from v4surgery.config import V4Config, load_config
 from v4surgery.errors import CheckpointError

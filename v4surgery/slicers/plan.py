@@ -37,8 +37,8 @@ from v4surgery.catalogue import (
 )
 from v4surgery.checkpoint.header import build_header
 from v4surgery.checkpoint.layout import OutputTensor, ShardLayout, pack
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Checkpoint, row_segments
+from v4surgery.checkpoint.refs import StoredTensorRef
 from v4surgery.config import V4Config
 from v4surgery.errors import PlanError
 from v4surgery.formats import FP4_GROUP, FP8_BLOCK

@@ -23,8 +23,8 @@ import numpy as np
 from blake3 import blake3
 
 from v4surgery.checkpoint.layout import OutputTensor
-from v4surgery.checkpoint.matching import TensorRef
 from v4surgery.checkpoint.reader import Checkpoint
+from v4surgery.checkpoint.refs import TensorRef
 from v4surgery.errors import CheckpointError, UsageError
 from v4surgery.recipes import Recipe, recipe_from_text
 from v4surgery.slicers.apply import (
