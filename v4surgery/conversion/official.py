@@ -18,8 +18,8 @@ import numpy as np
 
 from v4surgery.catalogue import BF16, EXPERT, FP4, FP8_F32, LINEAR, StoredTensor, stored_tensors
 from v4surgery.checkpoint.header import build_header
+from v4surgery.checkpoint.job import Job, WriteResult
 from v4surgery.checkpoint.layout import OutputTensor, ShardLayout, payload_order
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.official import (
     DECODED,
     SCALES_FILE,
@@ -31,7 +31,8 @@ from v4surgery.checkpoint.official import (
     shard_name,
 )
 from v4surgery.checkpoint.reader import Checkpoint
-from v4surgery.checkpoint.writer import Job, WriteResult, write_checkpoint
+from v4surgery.checkpoint.refs import StoredTensorRef
+from v4surgery.checkpoint.writer import write_checkpoint
 from v4surgery.errors import PlanError
 from v4surgery.formats import F4
 from v4surgery.slicers.decoding import Decoder
@@ -178,7 +179,7 @@ class Piece:
 
 
 class RankedJob:
-    """A piece as a job of the writer; see :class:`v4surgery.checkpoint.writer.Job`."""
+    """A piece as a job of the writer; see :class:`v4surgery.checkpoint.job.Job`."""
 
     hole = False
 

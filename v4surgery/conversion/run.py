@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from v4surgery.catalogue import FP8_F32, LINEAR, QUANTIZED
+from v4surgery.checkpoint.job import WriteResult
 from v4surgery.checkpoint.official import SCALES_FILE
 from v4surgery.checkpoint.reader import CONFIG_FILE, Checkpoint
-from v4surgery.checkpoint.writer import WriteResult
 from v4surgery.conversion.official import MAX_RANKS, OfficialPlan, plan_official, write_official
 from v4surgery.errors import UsageError
 from v4surgery.recipes.schema import Recipe

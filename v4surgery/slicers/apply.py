@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from v4surgery.catalogue import I64
-from v4surgery.checkpoint.writer import Job, WriteResult, write_checkpoint
+from v4surgery.checkpoint.job import Job, WriteResult
+from v4surgery.checkpoint.writer import write_checkpoint
 from v4surgery.recipes import dump_recipe
 from v4surgery.slicers.basis_file import BasisFile
 from v4surgery.slicers.decoding import Decoder, find_decoder

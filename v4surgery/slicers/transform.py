@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from v4surgery import formats
 from v4surgery.catalogue import BF16, F16, F32, FP4, FP8, FP8_F32, QUANTIZED
 from v4surgery.checkpoint.layout import OutputTensor, row_offsets
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import NUMPY_DTYPE, Checkpoint, decode
+from v4surgery.checkpoint.refs import StoredTensorRef
 from v4surgery.errors import V4SurgeryError
 from v4surgery.slicers.basis_file import BasisFile
 from v4surgery.slicers.compress_ratios import interpolate_rows
@@ -57,7 +57,7 @@ class NonFiniteError(V4SurgeryError):
 
 
 class EditJob:
-    """One edit as a job of the writer; see :class:`v4surgery.checkpoint.writer.Job`.
+    """One edit as a job of the writer; see :class:`v4surgery.checkpoint.job.Job`.
 
     ``state`` counts what a report needs: it is journaled with every chunk and restored on resume,
     so that a resumed run writes the same report. ``bases`` are the recorded ones, where the edit
