@@ -131,7 +131,7 @@ def _policy(name: str) -> str:
 def show(summary: dict[str, Any]) -> None:
     """Print a plan for people."""
     from v4surgery.cli._output import print_table, say, size
-    from v4surgery.slicers.plan import TRANSFORMS
+    from v4surgery.slicers.edit import TRANSFORMS
 
     layout = f" ({summary['layout']})" if summary["layout"] else ""
     typer.echo(f"{summary['from']}{layout} to {summary['to']}\n")

@@ -36,8 +36,8 @@ from v4surgery.checkpoint.writer import write_checkpoint
 from v4surgery.errors import PlanError
 from v4surgery.formats import F4
 from v4surgery.slicers.decoding import Decoder
+from v4surgery.slicers.edit import COPY, DEQUANTIZE, GATHER, TensorEdit
 from v4surgery.slicers.lineage import describe_parent
-from v4surgery.slicers.plan import COPY, DEQUANTIZE, GATHER, TensorEdit
 from v4surgery.slicers.transform import Buffers, EditJob
 from v4surgery.version import __version__
 

@@ -24,7 +24,8 @@ from v4surgery.errors import UsageError
 from v4surgery.recipes.schema import Recipe
 from v4surgery.slicers.apply import DEFAULT_MEMORY_BYTES, slice_plan
 from v4surgery.slicers.decoding import find_decoder
-from v4surgery.slicers.plan import DEQUANTIZE, Plan, make_plan
+from v4surgery.slicers.edit import DEQUANTIZE
+from v4surgery.slicers.plan import Plan, make_plan
 from v4surgery.slicers.transform import WORKER_BYTES
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from v4surgery.checkpoint.writer import write_checkpoint
 from v4surgery.recipes import dump_recipe
 from v4surgery.slicers.basis_file import BasisFile
 from v4surgery.slicers.decoding import Decoder, find_decoder
+from v4surgery.slicers.edit import RANDOM, REMAP, TensorEdit
 from v4surgery.slicers.lineage import describe_parent
-from v4surgery.slicers.plan import RANDOM, REMAP, Plan, TensorEdit
+from v4surgery.slicers.plan import Plan
 from v4surgery.slicers.prepare import prepare_bases
 from v4surgery.slicers.transform import EditJob, worker_bytes
 from v4surgery.slicers.vocabulary import cut_companions

@@ -22,18 +22,10 @@ from v4surgery.errors import V4SurgeryError
 from v4surgery.slicers.basis_file import BasisFile
 from v4surgery.slicers.compress_ratios import interpolate_rows
 from v4surgery.slicers.decoding import Decoder, host_decoder
+from v4surgery.slicers.edit import COPY, FOLD, GATHER, INTERPOLATE, REMAP, ZERO, TensorEdit
 from v4surgery.slicers.hash_table import HashRemap, similarity_rank
-from v4surgery.slicers.mixing import MIXING_BYTES, Mixer, kept_factor, rows_at_a_time
-from v4surgery.slicers.plan import (
-    COPY,
-    FOLD,
-    GATHER,
-    INTERPOLATE,
-    REMAP,
-    ZERO,
-    Plan,
-    TensorEdit,
-)
+from v4surgery.slicers.mixing import MIXING_BYTES, Mixer, kept_factor
+from v4surgery.slicers.plan import Plan
 from v4surgery.slicers.selection import IntArray
 
 COPY_BYTES = 8 << 20
@@ -111,7 +103,7 @@ class EditJob:
     def _rows_per_chunk(self) -> int:
         edit = self.edit
         if self.is_mixed and edit.mix is not None and edit.mix.rows is not None:
-            return rows_at_a_time(edit)
+            return edit.rows_a_pass
         width = edit.shape[1] if len(edit.shape) == 2 else 1
         if edit.source is not None:
             width = max(width, edit.source.weight.row_bytes)
