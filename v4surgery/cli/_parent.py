@@ -20,7 +20,7 @@ def recorded_parent(replica: Checkpoint, revision: str | None) -> str | None:
     Raises:
         CheckpointError: It is no replica.
     """
-    from v4surgery.slicers.verify import read_provenance
+    from v4surgery.slicers.provenance import read_provenance
 
     recorded = read_provenance(replica)["parent"]
     if recorded.get("kind") != "hub":

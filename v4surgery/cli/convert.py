@@ -73,6 +73,7 @@ def run(
     from v4surgery.cli._output import parse_size, print_json, progress_bar, set_verbosity
     from v4surgery.cli._ranks import writing_ranks
     from v4surgery.conversion.run import plan_conversion, run_conversion
+    from v4surgery.slicers.apply import WriteOptions
 
     set_verbosity(verbose)
     limit = parse_size(max_shard_size, "--max-shard-size") if max_shard_size else None
@@ -91,15 +92,9 @@ def run(
             writing_ranks(device) as (team, place),
             progress_bar(total, f"convert to {to}", quiet=quiet) as progress,
         ):
-            done = run_conversion(
-                conversion,
-                out,
-                workers=max_workers or default_workers(source),
-                memory_bytes=memory_bytes,
-                device=place,
-                progress=progress,
-                team=team,
-            )
+            workers = max_workers or default_workers(source)
+            options = WriteOptions(workers, memory_bytes, place, progress, team)
+            done = run_conversion(conversion, out, options)
     written = done.written
     result = {
         **summary,

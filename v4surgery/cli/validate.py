@@ -71,7 +71,7 @@ def run(
     from v4surgery.cli._parent import open_parent
     from v4surgery.cli._ranks import computing_ranks
     from v4surgery.model.streaming import StreamOptions
-    from v4surgery.slicers.verify import read_recipe
+    from v4surgery.slicers.provenance import read_recipe
     from v4surgery.validation.default_prompts import choose_prompts
     from v4surgery.validation.report import write_report
     from v4surgery.validation.validate import validate_replica

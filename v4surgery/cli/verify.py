@@ -41,8 +41,9 @@ def run(
     from v4surgery.cli._output import print_json, progress_bar, say, set_verbosity, size, warn
     from v4surgery.cli._parent import open_parent, recorded_parent
     from v4surgery.errors import VerificationFailed
+    from v4surgery.slicers.provenance import read_recipe
     from v4surgery.slicers.verified import record_verification
-    from v4surgery.slicers.verify import read_recipe, verify_replica
+    from v4surgery.slicers.verify import verify_replica
 
     set_verbosity(verbose)
     with (
