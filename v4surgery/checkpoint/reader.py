@@ -25,7 +25,7 @@ from v4surgery.checkpoint.matching import match_tensors
 from v4surgery.checkpoint.official_view import as_published
 from v4surgery.checkpoint.place import open_source
 from v4surgery.checkpoint.refs import StoredTensorRef, TensorRef
-from v4surgery.checkpoint.source import Source, merge_ranges, safe_basename
+from v4surgery.checkpoint.source import Source, merge_ranges, read_whole, safe_basename
 from v4surgery.config import V4Config, load_config
 from v4surgery.errors import CheckpointError
 
@@ -326,15 +326,7 @@ def _block_of(cols: NDArray[np.int64] | None, num_cols: int, block: int) -> NDAr
 
 
 def _read_json_file(source: Source, file: str) -> bytes:
-    size = source.size(file)
-    if size > MAX_JSON_BYTES:
-        raise CheckpointError(
-            "a JSON file is too large",
-            where=f"{source.name}/{file}",
-            value=size,
-            rule=f"at most {MAX_JSON_BYTES} bytes",
-        )
-    return source.read(file, 0, size)
+    return read_whole(source, file, MAX_JSON_BYTES, "a JSON file is too large")
 
 
 def _read_index(source: Source, names: list[str]) -> dict[str, str] | None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from v4surgery.errors import CheckpointError
 
-__all__ = ["Source", "merge_ranges", "safe_basename"]
+__all__ = ["Source", "merge_ranges", "read_whole", "safe_basename"]
 
 Int64Array = npt.NDArray[np.int64]
 SourceT = TypeVar("SourceT", bound="Source")
@@ -121,6 +121,24 @@ class Source(Protocol):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def read_whole(source: Source, file: str, at_most: int, problem: str) -> bytes:
+    """All of a file that has to be small.
+
+    Raises:
+        CheckpointError: It has more than ``at_most`` bytes; ``problem`` says so.
+        ReadError: It could not be read whole.
+    """
+    size = source.size(file)
+    if size > at_most:
+        raise CheckpointError(
+            problem,
+            where=f"{source.name}/{file}",
+            value=size,
+            rule=f"at most {at_most} bytes",
+        )
+    return source.read(file, 0, size)
 
 
 @overload
