@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, cast
 
+from v4surgery.checkpoint.claim import Claim
 from v4surgery.checkpoint.job import Job, WriteResult
-from v4surgery.checkpoint.journal import WORK_DIR, ChunkRecord, Claim
+from v4surgery.checkpoint.journal import WORK_DIR, ChunkRecord
 from v4surgery.checkpoint.layout import ShardLayout
 from v4surgery.checkpoint.schedule import Schedule
 from v4surgery.checkpoint.shard import OutputFile, ShardFile, writing

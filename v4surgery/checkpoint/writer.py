@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from v4surgery.checkpoint.durable import sync_dir, write_all
 from v4surgery.checkpoint.job import Job, WriteResult
-from v4surgery.checkpoint.journal import WORK_DIR, sync_dir, write_all
+from v4surgery.checkpoint.journal import WORK_DIR
 from v4surgery.checkpoint.layout import INDEX_FILE, ShardLayout
 from v4surgery.checkpoint.shard import OPEN_FLAGS, PART, writing
 from v4surgery.checkpoint.sharing import claim_together, deal_out
