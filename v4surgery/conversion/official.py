@@ -38,8 +38,7 @@ from v4surgery.formats import F4
 from v4surgery.slicers.apply import WriteOptions, write_jobs
 from v4surgery.slicers.decoding import Decoder, find_decoder
 from v4surgery.slicers.edit import COPY, DEQUANTIZE, GATHER, TensorEdit
-from v4surgery.slicers.lineage import describe_parent
-from v4surgery.slicers.provenance import PROVENANCE_FILE
+from v4surgery.slicers.provenance import PROVENANCE_FILE, origin_of
 from v4surgery.slicers.tally import nonfinite_by_stem
 from v4surgery.slicers.transform import WORKER_BYTES, Buffers, EditJob
 from v4surgery.version import __version__
@@ -269,14 +268,7 @@ def _record(plan: OfficialPlan, result: WriteResult, report: Mapping[str, Any]) 
     """v4surgery.json: what the shards were made from, and what reading them back needs."""
     parent = plan.parent
     return {
-        "format": 1,
-        "tool": {"name": "v4surgery", "version": __version__},
-        "plan_hash": plan.plan_hash,
-        "parent": {
-            **parent.source.identity(),
-            "fingerprint": parent.fingerprint,
-            **describe_parent(parent),
-        },
+        **origin_of(parent, plan.plan_hash),
         "official": {
             "ranks": plan.ranks,
             "reference": plan.reference,

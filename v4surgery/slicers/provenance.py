@@ -20,11 +20,24 @@ PROVENANCE_FILE = "v4surgery.json"
 RECIPE_FILE = "recipe.yaml"
 
 
+def origin_of(parent: Checkpoint, plan_hash: str) -> dict[str, Any]:
+    """What every record begins with: who wrote it, by which plan, from which parent."""
+    return {
+        "format": 1,
+        "tool": {"name": "v4surgery", "version": __version__},
+        "plan_hash": plan_hash,
+        "parent": {
+            **parent.source.identity(),
+            "fingerprint": parent.fingerprint,
+            **describe_parent(parent),
+        },
+    }
+
+
 def provenance_of(
     plan: Plan, digests: Mapping[str, str], report: Mapping[str, Any]
 ) -> dict[str, Any]:
     """v4surgery.json: where every tensor comes from, without a path or a date."""
-    parent = plan.parent
     tensors = {}
     for edit in plan.edits:
         source = edit.source
@@ -40,14 +53,7 @@ def provenance_of(
             tensors[output.name] = item
     counted = [edit for edit in plan.edits if edit.target.template.storage != I64]
     return {
-        "format": 1,
-        "tool": {"name": "v4surgery", "version": __version__},
-        "plan_hash": plan.plan_hash,
-        "parent": {
-            **parent.source.identity(),
-            "fingerprint": parent.fingerprint,
-            **describe_parent(parent),
-        },
+        **origin_of(plan.parent, plan.plan_hash),
         "recipe": plan.recipe.name,
         "parameters": parameters(plan.catalogue),
         "num_tensors": len(counted),
