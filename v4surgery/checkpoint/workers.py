@@ -1,7 +1,7 @@
 """Workers that carry out jobs: one run over all of them, from what the journal has to whole shards.
 
 Each worker computes a chunk, puts it at its place, hashes it and journals it; shards whose tensors
-are all there are synced and renamed by a thread of its own.
+are all there are synced and renamed by a thread of their own.
 """
 
 from __future__ import annotations

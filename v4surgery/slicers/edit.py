@@ -1,4 +1,4 @@
-"""How one tensor of a replica comes about of the parent's."""
+"""How one tensor of a replica comes about."""
 
 from __future__ import annotations
 
