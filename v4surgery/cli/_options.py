@@ -1,18 +1,11 @@
-"""Options that several verbs share, and groups of them that go together (see :mod:`._groups`)."""
+"""Options that several verbs share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    import os
-
-    from v4surgery.checkpoint.reader import Checkpoint
-    from v4surgery.model.numerics import Numerics
 
 RecipeName = Annotated[
     str,
@@ -119,68 +112,3 @@ ActivationMemory = Annotated[
     str, typer.Option(metavar="SIZE", help="What the longest prompt may take.")
 ]
 Activations = Annotated[str, typer.Option(help="Where they wait between blocks: host or disk.")]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How checkpoints are read."""
-
-    revision: Revision = None
-    token: Token = None
-    max_workers: Workers = None
-
-    def open(self, path: str | os.PathLike[str]) -> Checkpoint:
-        from v4surgery.checkpoint.reader import open_checkpoint
-
-        return open_checkpoint(
-            path, revision=self.revision, token=self.token, workers=self.max_workers
-        )
-
-    def workers(self, *read: Checkpoint) -> int:
-        """Threads that work on what is read."""
-        from v4surgery.api import default_workers
-
-        return self.max_workers or default_workers(*read)
-
-
-@dataclass(frozen=True)
-class Output:
-    """What is printed."""
-
-    as_json: AsJson = False
-    quiet: Quiet = False
-    verbose: Verbose = 0
-
-
-@dataclass(frozen=True)
-class Computing:
-    """How a model computes."""
-
-    mode: Mode = "exact"
-    dtype: Dtype = None
-    device: Device = "cpu"
-    implementation: Implementation = "reference"
-
-    def numerics(self) -> Numerics:
-        from v4surgery.cli._model import make_numerics
-
-        return make_numerics(self.mode, self.dtype, self.implementation)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What a model reads."""
-
-    prompt: Prompt = None
-    prompts: Prompts = None
-    ids: TokenIds = None
-    tokens: FirstTokens = None
-
-
-@dataclass(frozen=True)
-class Streaming:
-    """What a model that is read block by block may take."""
-
-    weight_memory: WeightMemory = "8GB"
-    activation_memory: ActivationMemory = "4GB"
-    activations: Activations = "host"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from v4surgery.cli._options import Reading
+from v4surgery.cli._groups import Reading
 from v4surgery.errors import UsageError
 
 if TYPE_CHECKING:

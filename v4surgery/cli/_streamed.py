@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from v4surgery.cli._options import Computing, Reading, Streaming, Texts
+from v4surgery.cli._groups import Computing, Reading, Streaming, Texts
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from v4surgery.cli._groups import grouped
-from v4surgery.cli._options import DecodeDevice, Memory, Output, Reading
+from v4surgery.cli._groups import Output, Reading, grouped
+from v4surgery.cli._options import DecodeDevice, Memory
 
 
 @grouped

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from v4surgery.cli._groups import grouped
-from v4surgery.cli._options import AsJson, Computing, FirstTokens, Parent, Prompts, Quiet
+from v4surgery.cli._groups import Computing, grouped
+from v4surgery.cli._options import AsJson, FirstTokens, Parent, Prompts, Quiet
 
 
 @grouped

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from v4surgery.cli._groups import grouped
-from v4surgery.cli._options import Computing, Output, Revision, Token
+from v4surgery.cli._groups import Computing, Output, grouped
+from v4surgery.cli._options import Revision, Token
 
 
 @grouped

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from v4surgery.cli._groups import grouped
-from v4surgery.cli._options import AsJson, Reading, Verbose
+from v4surgery.cli._groups import Reading, grouped
+from v4surgery.cli._options import AsJson, Verbose
 
 
 @grouped

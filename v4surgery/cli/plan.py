@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from v4surgery.cli._groups import grouped
-from v4surgery.cli._options import AsJson, Overrides, Parent, Reading, RecipeName, Scores, Verbose
+from v4surgery.cli._groups import Reading, grouped
+from v4surgery.cli._options import AsJson, Overrides, Parent, RecipeName, Scores, Verbose
 
 if TYPE_CHECKING:
     from v4surgery.checkpoint.reader import Checkpoint

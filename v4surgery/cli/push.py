@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from v4surgery.cli._groups import grouped
-from v4surgery.cli._options import Output, Token, Workers
+from v4surgery.cli._groups import Output, grouped
+from v4surgery.cli._options import Token, Workers
 
 
 @grouped

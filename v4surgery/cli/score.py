@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from v4surgery.cli._groups import grouped
-from v4surgery.cli._options import Computing, Output, Reading, Streaming, Texts
+from v4surgery.cli._groups import Computing, Output, Reading, Streaming, Texts, grouped
 
 
 @grouped

@@ -9,17 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from v4surgery.cli._groups import grouped
-from v4surgery.cli._options import (
-    DecodeDevice,
-    Memory,
-    Output,
-    Overrides,
-    Parent,
-    Reading,
-    RecipeName,
-    Scores,
-)
+from v4surgery.cli._groups import Output, Reading, grouped
+from v4surgery.cli._options import DecodeDevice, Memory, Overrides, Parent, RecipeName, Scores
 
 
 @grouped

@@ -7,17 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from v4surgery.cli._groups import grouped
-from v4surgery.cli._options import (
-    ActivationMemory,
-    AsJson,
-    Computing,
-    FirstTokens,
-    Parent,
-    Quiet,
-    Reading,
-    Workers,
-)
+from v4surgery.cli._groups import Computing, Reading, grouped
+from v4surgery.cli._options import ActivationMemory, AsJson, FirstTokens, Parent, Quiet, Workers
 
 if TYPE_CHECKING:
     from v4surgery.validation.verdict import Validation

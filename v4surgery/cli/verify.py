@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from v4surgery.cli._groups import grouped
-from v4surgery.cli._options import Output, Parent, Reading
+from v4surgery.cli._groups import Output, Reading, grouped
+from v4surgery.cli._options import Parent
 
 SHOWN_PROBLEMS = 10
 
