@@ -12,7 +12,7 @@ from v4surgery.conversion.run import Converted, plan_conversion, run_conversion
 from v4surgery.distributed.launch import find_launch
 from v4surgery.errors import UsageError
 from v4surgery.recipes import Recipe, load_recipe
-from v4surgery.slicers.apply import DEFAULT_MEMORY_BYTES, Replica, slice_plan
+from v4surgery.slicers.apply import DEFAULT_MEMORY_BYTES, Replica, WriteOptions, slice_plan
 from v4surgery.slicers.plan import Plan, make_plan
 from v4surgery.slicers.verified import record_verification
 from v4surgery.slicers.verify import Verification, verify_replica
@@ -157,15 +157,10 @@ def slice(  # noqa: A001 - the public name is v4surgery.slice
         OutputError: The folder is not ours, in use, or the disk is too small.
         ReadError: The parent could not be read exactly, or changed meanwhile.
     """
-    return slice_plan(
-        plan,
-        Path(out),
-        workers=workers or default_workers(plan.parent),
-        memory_bytes=memory_bytes,
-        device=device,
-        progress=progress,
-        team=team,
+    options = WriteOptions(
+        workers or default_workers(plan.parent), memory_bytes, device, progress, team
     )
+    return slice_plan(plan, Path(out), options)
 
 
 def verify(
@@ -310,14 +305,8 @@ def convert(
     conversion = plan_conversion(
         opened, to, ranks=ranks, max_shard_size=max_shard_size, nonfinite=nonfinite
     )
-    return run_conversion(
-        conversion,
-        Path(out),
-        workers=workers or default_workers(opened),
-        memory_bytes=memory_bytes,
-        device=device,
-        progress=progress,
-    )
+    options = WriteOptions(workers or default_workers(opened), memory_bytes, device, progress)
+    return run_conversion(conversion, Path(out), options)
 
 
 def default_workers(*read: Checkpoint) -> int:

@@ -11,7 +11,8 @@ from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.config import V4Config
 from v4surgery.errors import CheckpointError
 from v4surgery.presets import variant_name
-from v4surgery.slicers.plan import TRANSFORMS, Plan
+from v4surgery.slicers.edit import TRANSFORMS
+from v4surgery.slicers.plan import Plan
 from v4surgery.slicers.transform import worker_bytes
 
 DIMENSIONS = (

@@ -36,8 +36,9 @@ from v4surgery.catalogue import (
     published_format,
     stored_tensors,
 )
+from v4surgery.checkpoint.job import WriteResult
 from v4surgery.checkpoint.layout import OutputTensor, ShardLayout, pack, row_offsets
-from v4surgery.checkpoint.writer import WriteResult, write_checkpoint
+from v4surgery.checkpoint.writer import write_checkpoint
 from v4surgery.config import V4Config
 from v4surgery.errors import ConfigError, UsageError
 from v4surgery.formats import FP4_GROUP

@@ -15,8 +15,9 @@ from torch import Tensor
 from v4surgery import formats
 from v4surgery.catalogue import BF16, FP4, FP8, Catalogue, published_format, stored_tensors
 from v4surgery.catalogue import file_group as group_of
+from v4surgery.checkpoint.job import WriteResult
 from v4surgery.checkpoint.layout import OutputTensor, pack
-from v4surgery.checkpoint.writer import WriteResult, write_checkpoint
+from v4surgery.checkpoint.writer import write_checkpoint
 from v4surgery.config import V4Config
 
 Named = Iterator[tuple[str, Tensor]]

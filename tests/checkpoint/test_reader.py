@@ -22,8 +22,8 @@ import v4surgery
 from tests.support import parents
 from tests.support.parents import RawTensor, Shards
 from v4surgery.checkpoint import reader
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Checkpoint, decode, row_segments
+from v4surgery.checkpoint.refs import StoredTensorRef
 from v4surgery.errors import (
     CatalogueError,
     CheckpointError,
@@ -815,7 +815,7 @@ def test_config_error_names_the_file(small_parent: Path, tmp_path: Path) -> None
 def test_json_file_that_is_too_large_is_not_read(
     small_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "MAX_JSON_BYTES", 100)
+    monkeypatch.setattr("v4surgery.checkpoint.source.MAX_JSON_BYTES", 100)
     message = checkpoint_error(small_parent)
     assert "a JSON file is too large" in message
     assert "rule: at most 100 bytes" in message

@@ -21,6 +21,7 @@ import pytest
 import safetensors
 from blake3 import blake3
 
+from v4surgery.checkpoint.job import WriteResult
 from v4surgery.checkpoint.layout import (
     INDEX_FILE,
     OutputTensor,
@@ -28,7 +29,7 @@ from v4surgery.checkpoint.layout import (
     pack,
     payload_order,
 )
-from v4surgery.checkpoint.writer import WriteResult, write_checkpoint
+from v4surgery.checkpoint.writer import write_checkpoint
 from v4surgery.errors import OutputError
 from v4surgery.formats import ITEM_BYTES
 

@@ -112,7 +112,7 @@ def test_a_replica_and_itself_are_equal(half: Cut) -> None:
 
 
 def test_a_norm_weight_of_zero_leaves_nothing_to_compare(parent: Parent, whole: Cut) -> None:
-    from v4surgery.slicers.verify import read_provenance
+    from v4surgery.slicers.provenance import read_provenance
     from v4surgery.validation.mapping import ReplicaMapping
 
     with v4surgery.open(whole.path) as replica:

@@ -17,7 +17,7 @@ from tests.cli.conftest import Run
 from tests.support import parents
 from v4surgery.errors import CatalogueError, CheckpointError, RecipeError
 from v4surgery.slicers.lineage import describe_parent, front_matter
-from v4surgery.slicers.verify import read_recipe
+from v4surgery.slicers.provenance import read_recipe
 
 
 @pytest.fixture

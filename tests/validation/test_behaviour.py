@@ -16,7 +16,7 @@ from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.errors import UsageError
 from v4surgery.model.numerics import Numerics
 from v4surgery.model.streaming import Streamer
-from v4surgery.slicers.verify import read_provenance
+from v4surgery.slicers.provenance import read_provenance
 from v4surgery.validation.behaviour import BLOCK_TAPS, FREE, TAUGHT, WAYS, Behaviour
 from v4surgery.validation.behaviour import compare_behaviour as compare
 from v4surgery.validation.mapping import ReplicaMapping

@@ -18,7 +18,7 @@ from tests.validation.masked_support import TINY, Case, cut, prompts
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.errors import UsageError
 from v4surgery.model.numerics import Numerics
-from v4surgery.slicers.verify import read_provenance
+from v4surgery.slicers.provenance import read_provenance
 from v4surgery.validation.behaviour import FREE, compare_behaviour
 from v4surgery.validation.default_prompts import choose_prompts
 from v4surgery.validation.diff import Diff, Place, diff_traces

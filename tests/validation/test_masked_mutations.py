@@ -88,10 +88,10 @@ def other_rows(stem: str) -> Callable[[Any], Any]:
     return make
 
 
-PLAN = "v4surgery.slicers.plan."
+PLANNER = "v4surgery.slicers.planner."
 MUTATIONS = {
     "heads of other groups than those recorded": Mutation(
-        PLAN + "axis_index",
+        PLANNER + "axis_index",
         wrong_index("num_attention_heads*head_dim", first_groups),
         "layers.0.attn.heads",
     ),
@@ -101,12 +101,12 @@ MUTATIONS = {
         "rope frequencies",
     ),
     "rope dims before the others": Mutation(
-        PLAN + "axis_index",
+        PLANNER + "axis_index",
         wrong_index("head_dim", rope_first),
         "layers.0.attn.heads",
     ),
     "streams inside channels": Mutation(
-        PLAN + "axis_index",
+        PLANNER + "axis_index",
         wrong_index("streams*hidden_size", channel_major),
         "layers.0.attn.hc",
     ),
@@ -116,24 +116,24 @@ MUTATIONS = {
         "layers.0.gate.indices",
     ),
     "blocks that are not whole keep their scales": Mutation(
-        PLAN + "_is_whole_blocks",
+        PLANNER + "_is_whole_blocks",
         always,
         "layers.0.attn.heads",
         {"hidden_size": [*range(64, 192), *range(256, 384)]},
         {"store": {"dtype": "native"}},
     ),
     "compensation upside down": Mutation(
-        PLAN + "_Planner._factor",
+        PLANNER + "Planner._factor",
         upside_down,
         "layers.0.attn.hc",
         KEEP,
         {"compensate": True},
     ),
     "gate.bias of the first experts": Mutation(
-        PLAN + "_Planner._indices_of", other_rows("ffn.gate.bias"), "layers.2.gate."
+        PLANNER + "Planner._indices_of", other_rows("ffn.gate.bias"), "layers.2.gate."
     ),
     "the drafter's first channels": Mutation(
-        PLAN + "_Planner._indices_of", other_rows("e_proj"), "mtp.0.in"
+        PLANNER + "Planner._indices_of", other_rows("e_proj"), "mtp.0.in"
     ),
 }
 

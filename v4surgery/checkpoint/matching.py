@@ -22,6 +22,7 @@ from v4surgery.catalogue import (
     foreign_family,
     stored_tensors,
 )
+from v4surgery.checkpoint.refs import StoredTensorRef, TensorRef
 from v4surgery.checkpoint.saved_names import published_refs
 from v4surgery.config import V4Config
 from v4surgery.errors import CatalogueError
@@ -31,37 +32,6 @@ _shown = reprlib.Repr()
 _shown.maxstring = 160
 
 QUANTIZABLE = frozenset({LINEAR, EXPERT, BF16})
-
-
-class TensorRef(NamedTuple):
-    """Where one stored tensor lies: half-open byte range of one file."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def row_bytes(self) -> int:
-        return (self.end - self.begin) // max(self.shape[0], 1) if self.shape else 0
-
-
-class StoredTensorRef(NamedTuple):
-    """One logical tensor as this checkpoint stores it.
-
-    ``fmt`` is FP4, FP8 (E8M0 scales), FP8_F32 (F32 scales), or a plain dtype.
-    """
-
-    entry: Entry
-    fmt: str
-    weight: TensorRef
-    scale: TensorRef | None
-
-    @property
-    def nbytes(self) -> int:
-        scale = self.scale.end - self.scale.begin if self.scale else 0
-        return self.weight.end - self.weight.begin + scale
 
 
 def match_tensors(
@@ -189,3 +159,6 @@ def _report(
             rule="exactly the tensors of docs/tensors.md, each in a known format",
             hint="check that config.json belongs to these shards and that no shard is missing",
         )
+
+
+__all__ = ["StoredTensorRef", "TensorRef", "match_tensors"]

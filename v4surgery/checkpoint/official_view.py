@@ -36,7 +36,7 @@ from v4surgery.checkpoint.official_pieces import (
     Reader,
     Scales,
 )
-from v4surgery.checkpoint.source import Source
+from v4surgery.checkpoint.source import Source, read_whole
 from v4surgery.config import V4Config, load_config
 from v4surgery.errors import CatalogueError, CheckpointError, ReadError
 from v4surgery.formats import F4, FP8_BLOCK
@@ -269,7 +269,7 @@ def _assembled(
 def _recorded_scales(base: Source) -> dict[str, Scales]:
     found: dict[str, Scales] = {}
     infos = read_header(base, SCALES_FILE)[1]
-    blob = np.frombuffer(_read_whole(base, SCALES_FILE), np.uint8)
+    blob = np.frombuffer(_read_beside(base, SCALES_FILE), np.uint8)
     for name, info in infos.items():
         if info.dtype not in ("F32", "F8_E8M0") or not prod(info.shape):
             raise CheckpointError(
@@ -281,25 +281,17 @@ def _recorded_scales(base: Source) -> dict[str, Scales]:
     return found
 
 
-def _read_whole(base: Source, file: str) -> bytes:
-    size = base.size(file)
-    if size > _MAX_SIDE_BYTES:
-        raise CheckpointError(
-            "a file beside the shards is too large",
-            where=f"{base.name}/{file}",
-            value=size,
-            rule=f"at most {_MAX_SIDE_BYTES} bytes",
-        )
-    return base.read(file, 0, size)
+def _read_beside(base: Source, file: str) -> bytes:
+    return read_whole(base, file, _MAX_SIDE_BYTES, "a file beside the shards is too large")
 
 
 def _config(base: Source, files: Iterable[str]) -> tuple[bytes, V4Config]:
     """The published config: as recorded, unless config.json was changed since."""
-    text = _read_whole(base, CONFIG_FILE)
+    text = _read_beside(base, CONFIG_FILE)
     config = load_config(text, f"{base.name}/{CONFIG_FILE}")
     if RECORD_FILE in files:
         try:
-            record = json.loads(_read_whole(base, RECORD_FILE))["official"]
+            record = json.loads(_read_beside(base, RECORD_FILE))["official"]
             is_as_written = json.loads(text) == record["reference"]
             published = (json.dumps(record["config"], indent=2) + "\n").encode()
         except (ValueError, KeyError, TypeError, RecursionError):

@@ -7,9 +7,7 @@ that a tensor is a :class:`StoredTensorRef`, and rows of it are read by range, n
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, overload
 
@@ -20,22 +18,17 @@ from numpy.typing import NDArray
 from v4surgery import formats
 from v4surgery.catalogue import BF16, FP4, FP8, FP8_F32, QUANTIZED
 from v4surgery.checkpoint.header import read_header
-from v4surgery.checkpoint.layout import INDEX_FILE, SINGLE_FILE
-from v4surgery.checkpoint.matching import StoredTensorRef, TensorRef, match_tensors
+from v4surgery.checkpoint.index import check_index, expected_heads, read_index, shard_files
+from v4surgery.checkpoint.matching import match_tensors
 from v4surgery.checkpoint.official_view import as_published
 from v4surgery.checkpoint.place import open_source
-from v4surgery.checkpoint.source import Source, merge_ranges, safe_basename
+from v4surgery.checkpoint.refs import StoredTensorRef, TensorRef
+from v4surgery.checkpoint.source import Source, merge_ranges, read_json_file
 from v4surgery.config import V4Config, load_config
 from v4surgery.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
-MAX_JSON_BYTES = 256_000_000
 SCRATCH_BYTES = 4 << 20
-
-# Of a header entry beside the name, on average 77 and at most 83: {"dtype":"F8_E8M0",
-# "shape":[2048,128],"data_offsets":[3566321000,3566321192]}, with quotes and commas.
-_ENTRY_BYTES = 80
-_UNKNOWN_HEADER_BYTES = 1 << 16
 
 Rows = slice | NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -63,13 +56,13 @@ class Checkpoint:
                 where=source.name,
                 rule="a folder with config.json and model*.safetensors",
             )
-        config_text = _read_json_file(source, CONFIG_FILE)
+        config_text = read_json_file(source, CONFIG_FILE)
         self.config: V4Config = load_config(config_text, f"{source.name}/{CONFIG_FILE}")
         digest = blake3(config_text)
         found: dict[str, TensorRef] = {}
-        weight_map = _read_index(source, names)
-        self.files: tuple[str, ...] = _shard_files(source, names, weight_map)
-        source.fetch_heads(_expected_heads(self.files, weight_map))
+        weight_map = read_index(source, names)
+        self.files: tuple[str, ...] = shard_files(source, names, weight_map)
+        source.fetch_heads(expected_heads(self.files, weight_map))
         for file in self.files:
             header, tensors = read_header(source, file)
             digest.update(header)
@@ -82,7 +75,7 @@ class Checkpoint:
                         rule="every tensor once",
                     )
                 found[name] = TensorRef(file, info.dtype, info.shape, info.begin, info.end)
-        _check_index(source, weight_map, found)
+        check_index(source, weight_map, found)
         self.fingerprint = digest.hexdigest()
         self.payload_bytes = sum(ref.end - ref.begin for ref in found.values())
         self.num_tensors = len(found)
@@ -322,105 +315,3 @@ def _positions(rows: Rows, size: int) -> NDArray[np.int64]:
 
 def _block_of(cols: NDArray[np.int64] | None, num_cols: int, block: int) -> NDArray[np.int64]:
     return (np.arange(num_cols) if cols is None else cols) // block
-
-
-def _read_json_file(source: Source, file: str) -> bytes:
-    size = source.size(file)
-    if size > MAX_JSON_BYTES:
-        raise CheckpointError(
-            "a JSON file is too large",
-            where=f"{source.name}/{file}",
-            value=size,
-            rule=f"at most {MAX_JSON_BYTES} bytes",
-        )
-    return source.read(file, 0, size)
-
-
-def _read_index(source: Source, names: list[str]) -> dict[str, str] | None:
-    """weight_map of the index, with every shard checked to be a plain basename."""
-    if INDEX_FILE not in names:
-        return None
-    where = f"{source.name}/{INDEX_FILE}"
-    try:
-        data = json.loads(_read_json_file(source, INDEX_FILE), object_pairs_hook=_unique)
-        weight_map = data["weight_map"]
-        if not isinstance(weight_map, dict):
-            raise TypeError(f"weight_map is a {type(weight_map).__name__}")
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            "the index is malformed",
-            where=where,
-            value=f"{type(error).__name__}: {error}"[:200],
-            rule='a JSON object {"metadata": {...}, "weight_map": {tensor: shard}}',
-        ) from None
-    return {name: safe_basename(shard, where) for name, shard in weight_map.items()}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a name that stands twice another reader may take the other one."""
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{name[:160]!r} stands twice")
-    return table
-
-
-def _shard_files(
-    source: Source, names: list[str], weight_map: dict[str, str] | None
-) -> tuple[str, ...]:
-    if weight_map is not None:
-        shards = sorted(set(weight_map.values()))
-        missing = [shard for shard in shards if shard not in names]
-        if missing:
-            raise CheckpointError(
-                "the index names shards that are not there",
-                where=f"{source.name}/{INDEX_FILE}",
-                value=", ".join(missing[:5]),
-                hint="download the missing files, or remove the index of a partial copy",
-            )
-        return tuple(shards)
-    if SINGLE_FILE in names:
-        return (SINGLE_FILE,)
-    shards = sorted(name for name in names if name.endswith(".safetensors"))
-    if len(shards) != 1:
-        raise CheckpointError(
-            "no index, and not exactly one .safetensors file",
-            where=source.name,
-            value=", ".join(shards[:5]) or "none",
-            rule=f"{INDEX_FILE}, or {SINGLE_FILE}, or one file by another name",
-            hint="complete the download; pickles (.bin, .pt) are never loaded, convert them first",
-        )
-    return tuple(shards)
-
-
-def _expected_heads(files: tuple[str, ...], weight_map: dict[str, str] | None) -> dict[str, int]:
-    """About how long each shard's header is, by the names that the index puts there."""
-    expected = dict.fromkeys(files, _UNKNOWN_HEADER_BYTES if weight_map is None else 64)
-    for name, shard in (weight_map or {}).items():
-        expected[shard] += len(name) + _ENTRY_BYTES
-    return expected
-
-
-def _check_index(
-    source: Source, weight_map: dict[str, str] | None, found: Mapping[str, TensorRef]
-) -> None:
-    if weight_map is None:
-        return
-    where = f"{source.name}/{INDEX_FILE}"
-    for name, shard in weight_map.items():
-        if name not in found or found[name].file != shard:
-            actual = found[name].file if name in found else "no shard"
-            raise CheckpointError(
-                "index and shards disagree",
-                where=where,
-                value=f"{name}: the index says {shard}, the headers say {actual}",
-                rule="every tensor stands in the shard that the index names",
-            )
-    extra = next((name for name in found if name not in weight_map), None)
-    if extra is not None:
-        raise CheckpointError(
-            "a shard holds a tensor that the index does not name",
-            where=where,
-            value=f"{extra} in {found[extra].file}",
-            rule="every tensor stands in the index",
-        )

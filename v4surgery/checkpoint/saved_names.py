@@ -12,12 +12,9 @@ Source: transformers 5.23, ``conversion_mapping.py``, "deepseek_v4".
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from v4surgery.catalogue import Catalogue, Entry
-
-if TYPE_CHECKING:
-    from v4surgery.checkpoint.matching import TensorRef
+from v4surgery.checkpoint.refs import TensorRef
 
 SAVED_NAMES: Mapping[str, str] = {
     "embed.weight": "embed_tokens.weight",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from v4surgery.checkpoint.journal import sync_dir
+from v4surgery.checkpoint.durable import sync_dir
 from v4surgery.checkpoint.layout import OutputTensor, ShardLayout
 from v4surgery.errors import OutputError
 

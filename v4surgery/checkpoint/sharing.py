@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from v4surgery.checkpoint.journal import Claim, claim_folder, join_claim
+from v4surgery.checkpoint.claim import Claim, claim_folder, join_claim
+from v4surgery.checkpoint.job import Job
 from v4surgery.checkpoint.layout import ShardLayout
 from v4surgery.checkpoint.shard import PART
 from v4surgery.errors import OutputError
 
 if TYPE_CHECKING:
-    from v4surgery.checkpoint.writer import Job
     from v4surgery.distributed.team import Team
 
 

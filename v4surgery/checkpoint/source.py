@@ -16,11 +16,12 @@ import numpy.typing as npt
 
 from v4surgery.errors import CheckpointError
 
-__all__ = ["Source", "merge_ranges", "safe_basename"]
+__all__ = ["Source", "merge_ranges", "read_json_file", "read_whole", "safe_basename"]
 
 Int64Array = npt.NDArray[np.int64]
 SourceT = TypeVar("SourceT", bound="Source")
 
+MAX_JSON_BYTES = 256_000_000
 _MAX_NAME_BYTES = 255
 
 _shown = reprlib.Repr()
@@ -121,6 +122,34 @@ class Source(Protocol):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def read_whole(source: Source, file: str, at_most: int, problem: str) -> bytes:
+    """All of a file that has to be small.
+
+    Raises:
+        CheckpointError: It has more than ``at_most`` bytes; ``problem`` says so.
+        ReadError: It could not be read whole.
+    """
+    size = source.size(file)
+    if size > at_most:
+        raise CheckpointError(
+            problem,
+            where=f"{source.name}/{file}",
+            value=size,
+            rule=f"at most {at_most} bytes",
+        )
+    return source.read(file, 0, size)
+
+
+def read_json_file(source: Source, file: str) -> bytes:
+    """The text of a config or an index.
+
+    Raises:
+        CheckpointError: It is larger than any of them.
+        ReadError: It could not be read whole.
+    """
+    return read_whole(source, file, MAX_JSON_BYTES, "a JSON file is too large")
 
 
 @overload

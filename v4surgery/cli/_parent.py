@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from v4surgery.cli._groups import Reading
 from v4surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def recorded_parent(replica: Checkpoint, revision: str | None) -> str | None:
     Raises:
         CheckpointError: It is no replica.
     """
-    from v4surgery.slicers.verify import read_provenance
+    from v4surgery.slicers.provenance import read_provenance
 
     recorded = read_provenance(replica)["parent"]
     if recorded.get("kind") != "hub":
@@ -34,21 +35,12 @@ def overrides_of(written: Sequence[str] | None, scores: Path | None) -> list[str
     return [*(written or ()), *named]
 
 
-def open_parent(
-    recipe: Recipe,
-    parent: str | None,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    workers: int | None = None,
-) -> Checkpoint:
+def open_parent(recipe: Recipe, parent: str | None, reading: Reading) -> Checkpoint:
     """Open the parent that the command names, or else the recipe's.
 
     Raises:
         UsageError: Neither names one.
     """
-    from v4surgery.checkpoint.reader import open_checkpoint
-
     path = parent or recipe.parent
     if path is None:
         raise UsageError(
@@ -58,4 +50,4 @@ def open_parent(
             hint="give its folder with --parent; `--parent python-14m` is a small one in the box, "
             "`v4surgery synth --like demo --out demo-parent` makes one",
         )
-    return open_checkpoint(path, revision=revision, token=token, workers=workers)
+    return reading.open(path)

@@ -8,18 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from v4surgery.cli._options import (
-    AsJson,
-    DecodeDevice,
-    Memory,
-    Quiet,
-    Revision,
-    Token,
-    Verbose,
-    Workers,
-)
+from v4surgery.cli._groups import Output, Reading, grouped
+from v4surgery.cli._options import DecodeDevice, Memory
 
 
+@grouped
 def run(
     checkpoint: Annotated[
         str,
@@ -33,6 +26,7 @@ def run(
     to: Annotated[
         str, typer.Option("--to", metavar="NAME", help="bf16, fp8, official or published.")
     ],
+    *,
     tp: Annotated[
         int | None,
         typer.Option("--tp", metavar="N", min=1, help="Ranks of official shards; by default 1."),
@@ -48,17 +42,13 @@ def run(
             help="Where a decoded weight is NaN or infinite: error, warn or keep.",
         ),
     ] = "error",
-    revision: Revision = None,
-    token: Token = None,
-    max_workers: Workers = None,
+    reading: Reading,
     memory: Memory = "384MB",
     device: DecodeDevice = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done.")
     ] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    output: Output,
 ) -> None:
     """Write a checkpoint in another format or layout.
 
@@ -68,38 +58,31 @@ def run(
     """
     import time
 
-    from v4surgery.api import default_workers
-    from v4surgery.checkpoint.reader import open_checkpoint
     from v4surgery.cli._output import parse_size, print_json, progress_bar, set_verbosity
     from v4surgery.cli._ranks import writing_ranks
     from v4surgery.conversion.run import plan_conversion, run_conversion
+    from v4surgery.slicers.apply import WriteOptions
 
-    set_verbosity(verbose)
+    set_verbosity(output.verbose)
     limit = parse_size(max_shard_size, "--max-shard-size") if max_shard_size else None
     memory_bytes = parse_size(memory, "--memory")
-    with open_checkpoint(checkpoint, revision=revision, token=token, workers=max_workers) as source:
+    with reading.open(checkpoint) as source:
         conversion = plan_conversion(
             source, to, ranks=tp, max_shard_size=limit, nonfinite=_policy(nonfinite)
         )
         summary = conversion.summary()
         if dry_run:
-            print_json(summary) if as_json else show(summary)
+            print_json(summary) if output.as_json else show(summary)
             return
         began = time.monotonic()
         total = sum(shard.payload_bytes for shard in conversion.plan.shards)
         with (
             writing_ranks(device) as (team, place),
-            progress_bar(total, f"convert to {to}", quiet=quiet) as progress,
+            progress_bar(total, f"convert to {to}", quiet=output.quiet) as progress,
         ):
-            done = run_conversion(
-                conversion,
-                out,
-                workers=max_workers or default_workers(source),
-                memory_bytes=memory_bytes,
-                device=place,
-                progress=progress,
-                team=team,
-            )
+            workers = reading.workers(source)
+            options = WriteOptions(workers, memory_bytes, place, progress, team)
+            done = run_conversion(conversion, out, options)
     written = done.written
     result = {
         **summary,
@@ -112,7 +95,7 @@ def run(
         "seconds": round(time.monotonic() - began, 3),
         "report": done.report,
     }
-    if as_json:
+    if output.as_json:
         print_json(result)
     else:
         show_done(result, checkpoint, warns=nonfinite != "keep")
@@ -131,7 +114,7 @@ def _policy(name: str) -> str:
 def show(summary: dict[str, Any]) -> None:
     """Print a plan for people."""
     from v4surgery.cli._output import print_table, say, size
-    from v4surgery.slicers.plan import TRANSFORMS
+    from v4surgery.slicers.edit import TRANSFORMS
 
     layout = f" ({summary['layout']})" if summary["layout"] else ""
     typer.echo(f"{summary['from']}{layout} to {summary['to']}\n")

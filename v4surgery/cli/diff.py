@@ -6,22 +6,15 @@ from typing import Annotated
 
 import typer
 
-from v4surgery.cli._options import (
-    AsJson,
-    Device,
-    Dtype,
-    FirstTokens,
-    Implementation,
-    Mode,
-    Parent,
-    Prompts,
-    Quiet,
-)
+from v4surgery.cli._groups import Computing, grouped
+from v4surgery.cli._options import AsJson, FirstTokens, Parent, Prompts, Quiet
 
 
+@grouped
 def run(
     a: Annotated[str, typer.Argument(metavar="A", help="Folder of a model, or a trace.")],
     b: Annotated[str, typer.Argument(metavar="B", help="What A's errors are relative to.")],
+    *,
     parent: Parent = None,
     prompts: Prompts = None,
     tokens: FirstTokens = None,
@@ -31,10 +24,7 @@ def run(
     tolerance: Annotated[
         float, typer.Option(min=0, help="Largest relative error that counts as equal.")
     ] = 1e-5,
-    mode: Mode = "exact",
-    dtype: Dtype = None,
-    device: Device = "cpu",
-    implementation: Implementation = "reference",
+    computing: Computing,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -43,12 +33,12 @@ def run(
     A replica is compared with its parent, or with another replica of it, at the layers and units
     that both have. Where shapes differ otherwise, linear CKA stands for the error.
     """
-    from v4surgery.cli._model import find_device, make_numerics
+    from v4surgery.cli._model import find_device
     from v4surgery.cli._output import print_json, print_table, progress_bar, say
     from v4surgery.validation.sides import DIFF_TAPS, diff_models
     from v4surgery.validation.taps import parse_taps
 
-    make_numerics(mode, dtype, implementation)  # says what is wrong before anything is read
+    computing.numerics()  # says what is wrong before anything is read
     with progress_bar(0, "diff", quiet=quiet, unit="layer") as advance:
         found = diff_models(
             a,
@@ -57,8 +47,8 @@ def run(
             prompts=prompts,
             tokens=tokens,
             taps=DIFF_TAPS if taps is None else parse_taps(taps),
-            make_numerics=lambda: make_numerics(mode, dtype, implementation),
-            device=find_device(device),
+            make_numerics=computing.numerics,
+            device=find_device(computing.device),
             tolerance=tolerance,
             progress=(lambda _: advance(1)) if advance else None,
         )

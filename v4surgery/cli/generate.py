@@ -10,19 +10,11 @@ from typing import Annotated
 
 import typer
 
-from v4surgery.cli._options import (
-    AsJson,
-    Device,
-    Dtype,
-    Implementation,
-    Mode,
-    Quiet,
-    Revision,
-    Token,
-    Verbose,
-)
+from v4surgery.cli._groups import Computing, Output, grouped
+from v4surgery.cli._options import Revision, Token
 
 
+@grouped
 def run(
     model: Annotated[
         str,
@@ -31,6 +23,7 @@ def run(
             help="A parent or a replica: a folder, or ORG/NAME[@REVISION] on the Hub.",
         ),
     ],
+    *,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -75,15 +68,10 @@ def run(
     stream: Annotated[
         bool, typer.Option("--stream", help="Print tokens as they come, prompt after prompt.")
     ] = False,
-    mode: Mode = "exact",
-    dtype: Dtype = None,
-    device: Device = "cpu",
-    implementation: Implementation = "reference",
+    computing: Computing,
     revision: Revision = None,
     token: Token = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    output: Output,
 ) -> None:
     """Continue prompts, or talk.
 
@@ -92,7 +80,7 @@ def run(
     import time
 
     from v4surgery.checkpoint.reader import open_checkpoint
-    from v4surgery.cli._model import find_device, make_numerics
+    from v4surgery.cli._model import find_device
     from v4surgery.cli._output import print_json, set_verbosity
     from v4surgery.errors import UsageError
     from v4surgery.model.generate import Sampling
@@ -101,13 +89,13 @@ def run(
     from v4surgery.text.prompts import PromptEncoder, PromptFormat, gather_prompts
     from v4surgery.text.tokenizer import read_tokenizer
 
-    if stream and as_json:
+    if stream and output.as_json:
         raise UsageError("--json prints when all is done", rule="either --stream or --json")
-    set_verbosity(verbose)
+    set_verbosity(output.verbose)
     wanted = gather_prompts(text=prompt, file=prompts, ids=ids, chat=chat)
     style = PromptFormat(chat, system, thinking)
     sampling = Sampling(temperature, top_p, seed)
-    numerics, place = make_numerics(mode, dtype, implementation), find_device(device)
+    numerics, place = computing.numerics(), find_device(computing.device)
     with open_checkpoint(model, revision=revision, token=token) as checkpoint:
         encoder = PromptEncoder(
             checkpoint.config, read_tokenizer(checkpoint), style, max_new_tokens
@@ -122,28 +110,29 @@ def run(
         completer.complete(encoded, on_text) if wanted else completer.converse(_turns(), on_text)
     ):
         done.append(completion)
-        if not (stream or as_json):
+        if not (stream or output.as_json):
             typer.echo(completion.text)
     seconds = time.monotonic() - began
-    if as_json:
+    if output.as_json:
         print_json(
             {
                 "model": checkpoint.name,
-                "mode": mode,
+                "mode": computing.mode,
                 "dtype": str(numerics.dtype).removeprefix("torch."),
                 "device": str(place),
-                "implementation": implementation,
+                "implementation": computing.implementation,
                 "operations": dict(sorted(numerics.ops.ran.items())),
                 "seconds": round(seconds, 3),
                 "completions": [asdict(completion) for completion in done],
             }
         )
-    if not quiet:
+    if not output.quiet:
         num_read = sum(len(completion.prompt_ids) for completion in done)
         num_new = sum(len(completion.ids) for completion in done)
         typer.echo(
             f"{len(done)} prompt(s), {num_read} tokens read, {num_new} written in {seconds:.1f} s; "
-            f"mode {mode}, {numerics.dtype}, {place}, {implementation} operations",
+            f"mode {computing.mode}, {numerics.dtype}, {place}, "
+            f"{computing.implementation} operations",
             err=True,
         )
 

@@ -6,9 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from v4surgery.cli._options import AsJson, Revision, Token, Verbose, Workers
+from v4surgery.cli._groups import Reading, grouped
+from v4surgery.cli._options import AsJson, Verbose
 
 
+@grouped
 def run(
     model: Annotated[
         str,
@@ -17,6 +19,7 @@ def run(
             help="A parent or a replica: a folder, or ORG/NAME[@REVISION] on the Hub.",
         ),
     ],
+    *,
     context: Annotated[
         int | None,
         typer.Option(
@@ -27,9 +30,7 @@ def run(
         bool,
         typer.Option("--compat", help="Known limits of other programs that it meets or breaks."),
     ] = False,
-    revision: Revision = None,
-    token: Token = None,
-    max_workers: Workers = None,
+    reading: Reading,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -38,14 +39,13 @@ def run(
     Its variant, dimensions, tensors by group, parameters and bytes; with --context what serving it
     costs, with --compat what other programs make of it. Only config and headers are read.
     """
-    from v4surgery.checkpoint.reader import open_checkpoint
     from v4surgery.cli._output import count, print_json, print_table, say, set_verbosity, size
     from v4surgery.compat import check_limits
     from v4surgery.cost import cost_of
     from v4surgery.summary import summarize
 
     set_verbosity(verbose)
-    with open_checkpoint(model, revision=revision, token=token, workers=max_workers) as checkpoint:
+    with reading.open(model) as checkpoint:
         summary = summarize(checkpoint)
         if context is not None:
             summary["cost"] = cost_of(checkpoint.catalogue, context).to_json()

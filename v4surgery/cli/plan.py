@@ -6,31 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from v4surgery.cli._options import (
-    AsJson,
-    Overrides,
-    Parent,
-    RecipeName,
-    Revision,
-    Scores,
-    Token,
-    Verbose,
-    Workers,
-)
+from v4surgery.cli._groups import Reading, grouped
+from v4surgery.cli._options import AsJson, Overrides, Parent, RecipeName, Scores, Verbose
 
 if TYPE_CHECKING:
     from v4surgery.checkpoint.reader import Checkpoint
     from v4surgery.recipes import Recipe
 
 
+@grouped
 def run(
     recipe: RecipeName,
+    *,
     parent: Parent = None,
     set_: Overrides = None,
     scores: Scores = None,
-    revision: Revision = None,
-    token: Token = None,
-    max_workers: Workers = None,
+    reading: Reading,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -46,9 +37,7 @@ def run(
 
     set_verbosity(verbose)
     loaded = load_recipe(recipe, overrides_of(set_, scores))
-    with open_parent(
-        loaded, parent, revision=revision, token=token, workers=max_workers
-    ) as checkpoint:
+    with open_parent(loaded, parent, reading) as checkpoint:
         summary = look(checkpoint, loaded)
     if as_json:
         print_json(summary)

@@ -6,12 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from v4surgery.cli._options import AsJson, Quiet, Token, Verbose, Workers
+from v4surgery.cli._groups import Output, grouped
+from v4surgery.cli._options import Token, Workers
 
 
+@grouped
 def run(
     replica: Annotated[str, typer.Argument(metavar="REPLICA", help="Folder of a replica.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="ORG/NAME on the Hub.")],
+    *,
     create: Annotated[
         bool, typer.Option("--create", help="Make the repository, or the branch, if need be.")
     ] = False,
@@ -38,9 +41,7 @@ def run(
     ] = False,
     token: Token = None,
     max_workers: Workers = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    output: Output,
 ) -> None:
     """Push a replica to the Hub, with its card.
 
@@ -56,7 +57,7 @@ def run(
     from v4surgery.hub.parcel import pack_replica
     from v4surgery.hub.push import Destination, plan_push, push, summarize_push
 
-    set_verbosity(verbose)
+    set_verbosity(output.verbose)
     to = Destination(
         repo_id,
         revision,
@@ -65,9 +66,9 @@ def run(
         create_pr=create_pr,
         message=commit_message,
     )
-    hub = Hub(token, show_progress=not quiet and sys.stderr.isatty())
+    hub = Hub(token, show_progress=not output.quiet and sys.stderr.isatty())
     with open_checkpoint(replica, token=token) as checkpoint:
-        with progress_bar(checkpoint.payload_bytes, "hash", quiet=quiet) as progress:
+        with progress_bar(checkpoint.payload_bytes, "hash", quiet=output.quiet) as progress:
             parcel = pack_replica(
                 checkpoint,
                 repo_id,
@@ -80,7 +81,7 @@ def run(
         if parcel.unverified is not None:
             warn(f"pushed by force: {parcel.unverified}")
         committed = None if dry_run else push(plan, hub)
-    if as_json:
+    if output.as_json:
         done = committed and {
             "oid": committed.oid,
             "url": committed.url,

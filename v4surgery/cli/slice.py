@@ -9,24 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from v4surgery.cli._options import (
-    AsJson,
-    DecodeDevice,
-    Memory,
-    Overrides,
-    Parent,
-    Quiet,
-    RecipeName,
-    Revision,
-    Scores,
-    Token,
-    Verbose,
-    Workers,
-)
+from v4surgery.cli._groups import Output, Reading, grouped
+from v4surgery.cli._options import DecodeDevice, Memory, Overrides, Parent, RecipeName, Scores
 
 
+@grouped
 def run(
     recipe: RecipeName,
+    *,
     parent: Parent = None,
     out: Annotated[
         Path | None,
@@ -40,17 +30,13 @@ def run(
         str | None,
         typer.Option(metavar="SIZE", help="Largest file: 5GB, 500MB. Overrides the recipe's."),
     ] = None,
-    revision: Revision = None,
-    token: Token = None,
-    max_workers: Workers = None,
+    reading: Reading,
     memory: Memory = "384MB",
     device: DecodeDevice = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, as plan does.")
     ] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    output: Output,
 ) -> None:
     """Cut a replica.
 
@@ -74,19 +60,17 @@ def run(
     from v4surgery.recipes import load_recipe
     from v4surgery.summary import summarize_plan
 
-    set_verbosity(verbose)
+    set_verbosity(output.verbose)
     overrides = overrides_of(set_, scores)
     if max_shard_size is not None:
         overrides.append(f"store.max_shard_size={parse_size(max_shard_size, '--max-shard-size')}")
     memory_bytes = parse_size(memory, "--memory")
     loaded = load_recipe(recipe, overrides)
     target = out or Path("out") / loaded.name
-    with open_parent(
-        loaded, parent, revision=revision, token=token, workers=max_workers
-    ) as checkpoint:
+    with open_parent(loaded, parent, reading) as checkpoint:
         if dry_run:
             summary = plan_verb.look(checkpoint, loaded)
-            print_json(summary) if as_json else plan_verb.show(summary)
+            print_json(summary) if output.as_json else plan_verb.show(summary)
             return
         plan = api.plan(checkpoint, loaded)
         summary = summarize_plan(plan)
@@ -94,12 +78,12 @@ def run(
         began = time.monotonic()
         with (
             writing_ranks(device) as (team, place),
-            progress_bar(total, f"slice {loaded.name}", quiet=quiet) as progress,
+            progress_bar(total, f"slice {loaded.name}", quiet=output.quiet) as progress,
         ):
             replica = api.slice(
                 plan,
                 target,
-                workers=max_workers,
+                workers=reading.max_workers,
                 memory_bytes=memory_bytes,
                 device=place,
                 progress=progress,
@@ -107,7 +91,7 @@ def run(
             )
         seconds = time.monotonic() - began
     written = replica.written
-    if as_json:
+    if output.as_json:
         print_json(
             {
                 **summary,

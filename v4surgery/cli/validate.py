@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from v4surgery.cli._options import (
-    ActivationMemory,
-    AsJson,
-    Device,
-    Dtype,
-    FirstTokens,
-    Implementation,
-    Mode,
-    Parent,
-    Quiet,
-    Workers,
-)
+from v4surgery.cli._groups import Computing, Reading, grouped
+from v4surgery.cli._options import ActivationMemory, AsJson, FirstTokens, Parent, Quiet, Workers
 
 if TYPE_CHECKING:
     from v4surgery.validation.verdict import Validation
@@ -26,8 +16,10 @@ if TYPE_CHECKING:
 SHOWN_FAILURES = 10
 
 
+@grouped
 def run(
     replica: Annotated[str, typer.Argument(metavar="REPLICA", help="Folder of a replica.")],
+    *,
     parent: Parent = None,
     prompts: Annotated[
         Path | None,
@@ -45,10 +37,7 @@ def run(
         int | None,
         typer.Option(metavar="N", min=1, help="Compare the bytes of so many random chunks only."),
     ] = None,
-    mode: Mode = "exact",
-    dtype: Dtype = None,
-    device: Device = "cpu",
-    implementation: Implementation = "reference",
+    computing: Computing,
     weight_memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Weights in memory at a time, of each model.")
     ] = "8GB",
@@ -66,12 +55,11 @@ def run(
 
     from v4surgery.api import default_workers
     from v4surgery.checkpoint.reader import open_checkpoint
-    from v4surgery.cli._model import make_numerics
     from v4surgery.cli._output import parse_size, print_json, progress_bar
     from v4surgery.cli._parent import open_parent
     from v4surgery.cli._ranks import computing_ranks
     from v4surgery.model.streaming import StreamOptions
-    from v4surgery.slicers.verify import read_recipe
+    from v4surgery.slicers.provenance import read_recipe
     from v4surgery.validation.default_prompts import choose_prompts
     from v4surgery.validation.report import write_report
     from v4surgery.validation.validate import validate_replica
@@ -82,11 +70,11 @@ def run(
         parse_size(activation_memory, "--activation-memory"),
         workers=workers,
     )
-    make_numerics(mode, dtype, implementation)  # says what is wrong before anything is read
+    computing.numerics()  # says what is wrong before anything is read
     with (
-        computing_ranks(device) as (team, place),
+        computing_ranks(computing.device) as (team, place),
         open_checkpoint(replica) as checkpoint,
-        open_parent(read_recipe(checkpoint), parent) as source,
+        open_parent(read_recipe(checkpoint), parent, Reading()) as source,
     ):
         blocks = len(source.catalogue.blocks) + masked * len(checkpoint.catalogue.blocks)
         with progress_bar(1 + blocks, "validate", quiet=quiet, unit="step") as advance:
@@ -94,7 +82,7 @@ def run(
                 checkpoint,
                 source,
                 choose_prompts(checkpoint, prompts, tokens),
-                make_numerics=lambda: make_numerics(mode, dtype, implementation),
+                make_numerics=computing.numerics,
                 device=place,
                 masked=masked,
                 sample=sample,

@@ -7,26 +7,25 @@ from typing import Annotated
 
 import typer
 
-from v4surgery.cli._options import AsJson, Parent, Quiet, Revision, Token, Verbose, Workers
+from v4surgery.cli._groups import Output, Reading, grouped
+from v4surgery.cli._options import Parent
 
 SHOWN_PROBLEMS = 10
 
 
+@grouped
 def run(
     replica: Annotated[
         str, typer.Argument(metavar="REPLICA", help="A folder, or ORG/NAME[@REVISION].")
     ],
+    *,
     parent: Parent = None,
     sample: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Compare only so many random chunks.")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the sample.")] = 0,
-    revision: Revision = None,
-    token: Token = None,
-    max_workers: Workers = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    reading: Reading,
+    output: Output,
 ) -> None:
     """Compare a replica with its parent, byte for byte.
 
@@ -36,27 +35,26 @@ def run(
     Exit code 3 on a difference. Where there is none, verified.json is written beside the replica,
     with the digests of its files: push asks for it.
     """
-    from v4surgery.api import default_workers
-    from v4surgery.checkpoint.reader import open_checkpoint
+    from dataclasses import replace
+
     from v4surgery.cli._output import print_json, progress_bar, say, set_verbosity, size, warn
     from v4surgery.cli._parent import open_parent, recorded_parent
     from v4surgery.errors import VerificationFailed
+    from v4surgery.slicers.provenance import read_recipe
     from v4surgery.slicers.verified import record_verification
-    from v4surgery.slicers.verify import read_recipe, verify_replica
+    from v4surgery.slicers.verify import verify_replica
 
-    set_verbosity(verbose)
+    set_verbosity(output.verbose)
     with (
-        open_checkpoint(replica, token=token, workers=max_workers) as checkpoint,
+        replace(reading, revision=None).open(replica) as checkpoint,
         open_parent(
             read_recipe(checkpoint),
-            parent or recorded_parent(checkpoint, revision),
-            revision=revision,
-            token=token,
-            workers=max_workers,
+            parent or recorded_parent(checkpoint, reading.revision),
+            reading,
         ) as source,
-        progress_bar(checkpoint.payload_bytes, "verify", quiet=quiet) as progress,
+        progress_bar(checkpoint.payload_bytes, "verify", quiet=output.quiet) as progress,
     ):
-        workers = max_workers or default_workers(checkpoint, source)
+        workers = reading.workers(checkpoint, source)
         verdict = verify_replica(
             checkpoint,
             source,
@@ -66,7 +64,7 @@ def run(
             progress=progress,
         )
         recorded = record_verification(checkpoint, verdict, workers=workers)
-    if as_json:
+    if output.as_json:
         print_json(
             {
                 "passed": verdict.passed,
@@ -90,7 +88,7 @@ def run(
         )
     if recorded is None and not verdict.sampled and Path(replica).is_dir():
         warn("verified.json could not be written beside the replica; push will ask for it")
-    if not as_json:
+    if not output.as_json:
         extent = "a sample of " if verdict.sampled else "all "
         say(
             f"{replica}: verified against {source.name}, {extent}{verdict.tensors} tensors, "

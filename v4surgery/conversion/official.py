@@ -6,20 +6,21 @@ what comes out to the ranks. So bytes are read once, whatever the number of rank
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
 from v4surgery.catalogue import BF16, EXPERT, FP4, FP8_F32, LINEAR, StoredTensor, stored_tensors
 from v4surgery.checkpoint.header import build_header
+from v4surgery.checkpoint.job import WriteResult
 from v4surgery.checkpoint.layout import OutputTensor, ShardLayout, payload_order
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.official import (
     DECODED,
     SCALES_FILE,
@@ -31,17 +32,16 @@ from v4surgery.checkpoint.official import (
     shard_name,
 )
 from v4surgery.checkpoint.reader import Checkpoint
-from v4surgery.checkpoint.writer import Job, WriteResult, write_checkpoint
+from v4surgery.checkpoint.refs import StoredTensorRef
 from v4surgery.errors import PlanError
 from v4surgery.formats import F4
-from v4surgery.slicers.decoding import Decoder
-from v4surgery.slicers.lineage import describe_parent
-from v4surgery.slicers.plan import COPY, DEQUANTIZE, GATHER, TensorEdit
-from v4surgery.slicers.transform import Buffers, EditJob
+from v4surgery.slicers.apply import WriteOptions, write_jobs
+from v4surgery.slicers.decoding import Decoder, find_decoder
+from v4surgery.slicers.edit import COPY, DEQUANTIZE, GATHER, TensorEdit
+from v4surgery.slicers.provenance import PROVENANCE_FILE, origin_of
+from v4surgery.slicers.tally import nonfinite_by_stem
+from v4surgery.slicers.transform import WORKER_BYTES, Buffers, EditJob
 from v4surgery.version import __version__
-
-if TYPE_CHECKING:
-    from v4surgery.distributed.team import Team
 
 MAX_RANKS = 1024
 
@@ -178,7 +178,7 @@ class Piece:
 
 
 class RankedJob:
-    """A piece as a job of the writer; see :class:`v4surgery.checkpoint.writer.Job`."""
+    """A piece as a job of the writer; see :class:`v4surgery.checkpoint.job.Job`."""
 
     hole = False
 
@@ -226,15 +226,7 @@ def plan_official(parent: Checkpoint, ranks: int) -> OfficialPlan:
 
 
 def write_official(
-    plan: OfficialPlan,
-    out: Path,
-    *,
-    workers: int,
-    decoder: Decoder,
-    nonfinite: str,
-    companions: Mapping[str, bytes],
-    progress: Callable[[int], None] | None = None,
-    team: Team | None = None,
+    plan: OfficialPlan, out: Path, options: WriteOptions, *, nonfinite: str
 ) -> tuple[WriteResult, dict[str, Any]]:
     """Write the shards; the same call again resumes. Gives what was written and measured.
 
@@ -242,60 +234,41 @@ def write_official(
         OutputError: The folder is not ours, in use, or the disk is too small.
         ReadError: The parent could not be read, or changed meanwhile.
     """
-    jobs = [RankedJob(plan.parent, piece, nonfinite, decoder) for piece in plan.pieces]
+    parent, decoder = plan.parent, find_decoder(options.device)
+    jobs = [RankedJob(parent, piece, nonfinite, decoder) for piece in plan.pieces]
+    companions = {name: parent.read_file(name) for name in parent.companions()}
 
-    def extra_files(result: WriteResult) -> dict[str, bytes]:
+    def measure() -> dict[str, Any]:
+        return {"nonfinite": nonfinite_by_stem((job.piece.edit, job.state) for job in jobs)}
+
+    def files(result: WriteResult, report: Mapping[str, Any]) -> dict[str, bytes]:
         scales = plan.scales()
-        plan.parent.source.check_unchanged()
-        record = _record(plan, result, _measured(jobs))
+        record = _record(plan, result, report)
         files = dict(companions)
         if scales:
             header = build_header([(name, dtype, shape) for name, dtype, shape in scales])
             files[SCALES_FILE] = header + b"".join(scales.values())
         files["config.json"] = (json.dumps(plan.reference, indent=2) + "\n").encode()
-        files["v4surgery.json"] = (json.dumps(record, indent=1) + "\n").encode()
+        files[PROVENANCE_FILE] = (json.dumps(record, indent=1) + "\n").encode()
         return files
 
-    writer_jobs: list[Job] = list(jobs)
-    written = write_checkpoint(
+    workers = options.workers_of(WORKER_BYTES)
+    return write_jobs(
+        plan,
         out,
-        plan.shards,
-        writer_jobs,
-        plan_id=plan.plan_hash,
-        workers=workers,
-        extra_files=extra_files,
+        jobs,
+        dataclasses.replace(options, workers=workers),
+        measure=measure,
+        extra_files=files,
         index=False,
-        progress=progress,
-        cancel=plan.parent.source.cancel,
-        team=team,
     )
-    if written.already_complete:
-        report: dict[str, Any] = json.loads((out / "v4surgery.json").read_text())["report"]
-        return written, report
-    return written, _measured(jobs)
-
-
-def _measured(jobs: Sequence[RankedJob]) -> dict[str, Any]:
-    nonfinite = {
-        job.piece.edit.target.stem: job.state["nonfinite"]
-        for job in jobs
-        if "nonfinite" in job.state
-    }
-    return {"nonfinite": nonfinite}
 
 
 def _record(plan: OfficialPlan, result: WriteResult, report: Mapping[str, Any]) -> dict[str, Any]:
     """v4surgery.json: what the shards were made from, and what reading them back needs."""
     parent = plan.parent
     return {
-        "format": 1,
-        "tool": {"name": "v4surgery", "version": __version__},
-        "plan_hash": plan.plan_hash,
-        "parent": {
-            **parent.source.identity(),
-            "fingerprint": parent.fingerprint,
-            **describe_parent(parent),
-        },
+        **origin_of(parent, plan.plan_hash),
         "official": {
             "ranks": plan.ranks,
             "reference": plan.reference,

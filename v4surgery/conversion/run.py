@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from v4surgery.catalogue import FP8_F32, LINEAR, QUANTIZED
+from v4surgery.checkpoint.job import WriteResult
 from v4surgery.checkpoint.official import SCALES_FILE
 from v4surgery.checkpoint.reader import CONFIG_FILE, Checkpoint
-from v4surgery.checkpoint.writer import WriteResult
 from v4surgery.conversion.official import MAX_RANKS, OfficialPlan, plan_official, write_official
 from v4surgery.errors import UsageError
 from v4surgery.recipes.schema import Recipe
-from v4surgery.slicers.apply import DEFAULT_MEMORY_BYTES, slice_plan
-from v4surgery.slicers.decoding import find_decoder
-from v4surgery.slicers.plan import DEQUANTIZE, Plan, make_plan
+from v4surgery.slicers.apply import WriteOptions, slice_plan
+from v4surgery.slicers.edit import DEQUANTIZE
+from v4surgery.slicers.plan import Plan, make_plan
 from v4surgery.slicers.transform import WORKER_BYTES
-
-if TYPE_CHECKING:
-    from v4surgery.distributed.team import Team
 
 TARGETS: Mapping[str, str] = {
     "bf16": "every weight in bf16",
@@ -89,7 +86,7 @@ class Converted:
         path: Its folder.
         conversion: What was done.
         written: Bytes and chunks written or found intact.
-        report: What was measured; see :func:`v4surgery.slicers.apply.measure`.
+        report: What was measured; see :func:`v4surgery.slicers.tally.measure`.
     """
 
     path: Path
@@ -140,19 +137,8 @@ def plan_conversion(
     return Conversion(to, noted, lost, nonfinite)
 
 
-def run_conversion(
-    conversion: Conversion,
-    out: Path,
-    *,
-    workers: int,
-    memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    device: str = "auto",
-    progress: Callable[[int], None] | None = None,
-    team: Team | None = None,
-) -> Converted:
+def run_conversion(conversion: Conversion, out: Path, options: WriteOptions) -> Converted:
     """Write a conversion; the same call again resumes, or finds it done.
-
-    With a ``team`` every rank calls this, and writes whole files.
 
     Raises:
         OutputError: The folder is not ours, in use, or the disk is too small.
@@ -160,27 +146,9 @@ def run_conversion(
     """
     plan = conversion.plan
     if isinstance(plan, OfficialPlan):
-        parent = plan.parent
-        written, report = write_official(
-            plan,
-            out,
-            workers=max(min(workers, memory_bytes // WORKER_BYTES), 1),
-            decoder=find_decoder(device),
-            nonfinite=conversion.nonfinite,
-            companions={name: parent.read_file(name) for name in parent.companions()},
-            progress=progress,
-            team=team,
-        )
+        written, report = write_official(plan, out, options, nonfinite=conversion.nonfinite)
         return Converted(out, conversion, written, report)
-    replica = slice_plan(
-        plan,
-        out,
-        workers=workers,
-        memory_bytes=memory_bytes,
-        device=device,
-        progress=progress,
-        team=team,
-    )
+    replica = slice_plan(plan, out, options)
     return Converted(out, conversion, replica.written, replica.report)
 
 

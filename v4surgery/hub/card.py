@@ -22,11 +22,10 @@ from v4surgery.hub.markdown import bullets, fenced, plain, table
 from v4surgery.hub.serving import loading_notes
 from v4surgery.presets import PRESETS
 from v4surgery.recipes import Recipe
-from v4surgery.slicers.apply import PROVENANCE_FILE, RECIPE_FILE
+from v4surgery.slicers.edit import TRANSFORMS
 from v4surgery.slicers.lineage import CARD_FILE, license_fields, without_front_matter
-from v4surgery.slicers.plan import TRANSFORMS
+from v4surgery.slicers.provenance import PROVENANCE_FILE, RECIPE_FILE, read_provenance, read_recipe
 from v4surgery.slicers.verified import read_verified
-from v4surgery.slicers.verify import read_provenance, read_recipe
 from v4surgery.summary import dimensions
 
 VALIDATION_FILE = "validation.json"

@@ -24,9 +24,8 @@ from v4surgery.errors import HubError, OutputError, UsageError
 from v4surgery.hub.card import is_generated
 from v4surgery.hub.client import Committed, Hub, Remote, RemoteFile, adding
 from v4surgery.hub.parcel import Item, Parcel
-from v4surgery.slicers.apply import PROVENANCE_FILE
 from v4surgery.slicers.lineage import CARD_FILE
-from v4surgery.slicers.verify import read_provenance
+from v4surgery.slicers.provenance import PROVENANCE_FILE, read_provenance
 
 SAME, NEW, CHANGED = "same", "new", "changed"
 SHARD = ".safetensors"

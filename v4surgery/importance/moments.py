@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from v4surgery.axes import axis_size, parse_axis
 from v4surgery.catalogue import Block
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Array, Checkpoint, decode
+from v4surgery.checkpoint.refs import StoredTensorRef
 from v4surgery.errors import PlanError
 from v4surgery.importance.scores_file import ScoresFile
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from v4surgery.axes import axis_size, parse_axis
 from v4surgery.catalogue import Block
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Checkpoint
+from v4surgery.checkpoint.refs import StoredTensorRef
 from v4surgery.errors import PlanError, UsageError
 from v4surgery.importance import weights
 from v4surgery.importance.names import MODEL, SCORE_NAMES, key_of, scored_dim

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from v4surgery.axes import Axis, axis_size, contains, fold_axis, parse_axis
 from v4surgery.catalogue import Block
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Checkpoint
+from v4surgery.checkpoint.refs import StoredTensorRef
 
 Scores = NDArray[np.float64]
 CHUNK_ELEMENTS = 1 << 20

@@ -10,10 +10,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
-from v4surgery.recipes._choices import (
+from v4surgery.recipes._layers import Layers
+from v4surgery.recipes._picks import (
     ActivationPick,
     BasisPick,
-    By,
     Choice,
     ContributionPick,
     EnergyPick,
@@ -22,13 +22,9 @@ from v4surgery.recipes._choices import (
     FrequencyPick,
     HiddenPick,
     IndexDims,
-    Layers,
-    LayersBy,
     Method,
     Pick,
     RankPick,
-    is_score,
-    listed_ways,
 )
 from v4surgery.recipes._section import (
     Count,
@@ -42,6 +38,7 @@ from v4surgery.recipes._section import (
     Share,
     Slug,
 )
+from v4surgery.recipes._ways import By, LayersBy, is_score, listed_ways
 
 __all__ = [
     "EXTENDS_DESCRIPTION",

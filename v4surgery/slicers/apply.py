@@ -3,34 +3,68 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from v4surgery.catalogue import I64
-from v4surgery.checkpoint.writer import Job, WriteResult, write_checkpoint
+from v4surgery.checkpoint.job import Job, WriteResult
+from v4surgery.checkpoint.layout import ShardLayout
+from v4surgery.checkpoint.reader import Checkpoint
+from v4surgery.checkpoint.writer import write_checkpoint
 from v4surgery.recipes import dump_recipe
 from v4surgery.slicers.basis_file import BasisFile
 from v4surgery.slicers.decoding import Decoder, find_decoder
-from v4surgery.slicers.lineage import describe_parent
-from v4surgery.slicers.plan import RANDOM, REMAP, Plan, TensorEdit
+from v4surgery.slicers.edit import RANDOM, TensorEdit
+from v4surgery.slicers.plan import Plan
 from v4surgery.slicers.prepare import prepare_bases
+from v4surgery.slicers.provenance import PROVENANCE_FILE, RECIPE_FILE, provenance_of
+from v4surgery.slicers.tally import measure
 from v4surgery.slicers.transform import EditJob, worker_bytes
 from v4surgery.slicers.vocabulary import cut_companions
-from v4surgery.summary import parameters
 from v4surgery.synth import RandomJob
 from v4surgery.text.chat import TEMPLATE_FILE, needs_template, template_text
-from v4surgery.version import __version__
 
 if TYPE_CHECKING:
     from v4surgery.distributed.team import Team
 
 DEFAULT_MEMORY_BYTES = 384_000_000
 LONG_BYTES = 4 << 20
-PROVENANCE_FILE = "v4surgery.json"
-RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a plan is carried out; the bytes do not depend on it.
+
+    Attributes:
+        workers: Threads; fewer run if the memory budget does not hold so many.
+        memory_bytes: What the workers may use together.
+        device: Where weights are decoded: auto (a GPU if there is one), cpu or cuda.
+        progress: Called with payload bytes as they are written.
+        team: Ranks that write whole files each; all of them carry out the plan.
+    """
+
+    workers: int
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    device: str = "auto"
+    progress: Callable[[int], None] | None = None
+    team: Team | None = None
+
+    def workers_of(self, num_bytes: int) -> int:
+        """Threads that the memory budget holds if each takes ``num_bytes``."""
+        return max(min(self.workers, self.memory_bytes // num_bytes), 1)
+
+
+class Planned(Protocol):
+    """What every plan has: files, what they are made of, and what identifies their bytes."""
+
+    @property
+    def parent(self) -> Checkpoint: ...
+    @property
+    def plan_hash(self) -> str: ...
+    @property
+    def shards(self) -> Sequence[ShardLayout]: ...
 
 
 @dataclass(frozen=True)
@@ -77,70 +111,95 @@ def _job(
     )
 
 
-def slice_plan(
-    plan: Plan,
-    out: Path,
-    *,
-    workers: int,
-    memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    device: str = "auto",
-    progress: Callable[[int], None] | None = None,
-    team: Team | None = None,
-) -> Replica:
+def slice_plan(plan: Plan, out: Path, options: WriteOptions) -> Replica:
     """Write the replica; the same call again resumes, or finds it done.
-
-    Args:
-        plan: What to do.
-        out: The replica's folder.
-        workers: Threads; fewer run if the memory budget does not hold so many.
-        memory_bytes: What the workers may use together.
-        device: Where weights are decoded: auto (a GPU if there is one), cpu or cuda. The bytes
-            are the same.
-        progress: Called with payload bytes as they are written.
-        team: Ranks that write whole files each; all of them call this.
 
     Raises:
         OutputError: The folder is not ours, in use, or the disk is too small.
         ReadError: The parent could not be read, or changed meanwhile.
     """
-    jobs: list[EditJob | RandomJob] = make_jobs(plan, device)
+    jobs = make_jobs(plan, options.device)
     companions = companion_files(plan)
     bases: BasisFile | None = None
 
     def prepare() -> None:
         nonlocal bases
         if plan.bases:
-            bases = prepare_bases(plan, out, progress)
+            bases = prepare_bases(plan, out, options.progress)
             opened.callback(bases.close)
             for job in jobs:
                 if isinstance(job, EditJob):
                     job.bases = bases
 
-    def extra_files(result: WriteResult) -> dict[str, bytes]:
-        plan.parent.source.check_unchanged()
-        return companions | _own_files(plan, result, measure(plan, jobs), bases)
+    def files(result: WriteResult, report: Mapping[str, Any]) -> dict[str, bytes]:
+        return companions | _own_files(plan, result, report, bases)
 
-    workers = max(min(workers, memory_bytes // worker_bytes(plan)), 1)
+    workers = options.workers_of(worker_bytes(plan))
     plan.parent.source.will_read(long_spans(plan), workers)
-    writer_jobs: list[Job] = list(jobs)
     with ExitStack() as opened:
-        written = write_checkpoint(
+        written, report = write_jobs(
+            plan,
             out,
-            plan.shards,
-            writer_jobs,
-            plan_id=plan.plan_hash,
-            workers=workers,
+            jobs,
+            replace(options, workers=workers),
+            measure=lambda: measure(plan, jobs),
+            extra_files=files,
             prepare=prepare,
-            extra_files=extra_files,
-            progress=progress,
-            cancel=plan.parent.source.cancel,
-            team=team,
         )
-    if written.already_complete:
-        report = json.loads((out / PROVENANCE_FILE).read_text())["report"]
-    else:
-        report = measure(plan, jobs)
     return Replica(out, plan, written, report)
+
+
+def write_jobs(
+    plan: Planned,
+    out: Path,
+    jobs: Sequence[Job],
+    options: WriteOptions,
+    *,
+    measure: Callable[[], dict[str, Any]],
+    extra_files: Callable[[WriteResult, dict[str, Any]], Mapping[str, bytes]],
+    prepare: Callable[[], None] = lambda: None,
+    index: bool | None = None,
+) -> tuple[WriteResult, dict[str, Any]]:
+    """Write what jobs compute, and the record of it; gives what was written and measured.
+
+    Args:
+        plan: What is done.
+        out: The folder.
+        jobs: They compute every tensor of the plan's files.
+        options: As many workers run as it says.
+        measure: Gives the report, once all jobs are done.
+        extra_files: Gives the files beside the tensors, with the report in v4surgery.json.
+        prepare: Called once the folder is ours, before the first job.
+        index: Whether to write an index; None: if there is more than one file.
+
+    Raises:
+        OutputError: The folder is not ours, in use, or the disk is too small.
+        ReadError: The parent could not be read, or changed meanwhile.
+    """
+    source = plan.parent.source
+
+    def files(result: WriteResult) -> Mapping[str, bytes]:
+        made = extra_files(result, measure())
+        source.check_unchanged()
+        return made
+
+    written = write_checkpoint(
+        out,
+        plan.shards,
+        jobs,
+        plan_id=plan.plan_hash,
+        workers=options.workers,
+        prepare=prepare,
+        extra_files=files,
+        index=index,
+        progress=options.progress,
+        cancel=source.cancel,
+        team=options.team,
+    )
+    if not written.already_complete:
+        return written, measure()
+    report: dict[str, Any] = json.loads((out / PROVENANCE_FILE).read_text())["report"]
+    return written, report
 
 
 def long_spans(plan: Plan) -> Iterator[tuple[str, int, int]]:
@@ -151,51 +210,6 @@ def long_spans(plan: Plan) -> Iterator[tuple[str, int, int]]:
             ref = edit.source.weight
             if ref.end - ref.begin > LONG_BYTES:
                 yield ref.file, ref.begin, ref.end
-
-
-def measure(plan: Plan, jobs: list[EditJob | RandomJob]) -> dict[str, Any]:
-    """What the jobs measured, as plain data in the order of the tensors."""
-    requantized, tables, nonfinite, rounded = {}, {}, {}, {}
-    for edit, job in zip(plan.edits, jobs, strict=True):
-        state = job.state
-        if "num_changed" in state:
-            requantized[edit.target.stem] = _requantization(state)
-        elif edit.transform == REMAP:
-            tables[edit.target.stem] = state["tokens_by_lost_experts"]
-        if "nonfinite" in state:
-            nonfinite[edit.target.stem] = state["nonfinite"]
-        if state.get("rounded"):
-            rounded[edit.target.stem] = state["rounded"]
-    lossless = [stem for stem, item in requantized.items() if item["lossless"]]
-    report: dict[str, Any] = {
-        "transforms": dict(sorted(plan.transforms.items())),
-        "requantized": {
-            "tensors": len(requantized),
-            "lossless": len(lossless),
-            "largest_relative_rms": max(
-                (item["relative_rms"] for item in requantized.values()), default=0.0
-            ),
-            "blocks": sum(item["blocks"] for item in requantized.values()),
-            "blocks_changed": sum(item["blocks_changed"] for item in requantized.values()),
-            "by_tensor": {k: v for k, v in requantized.items() if not v["lossless"]},
-        },
-        "rounded": rounded,
-        "hash_tables": {"tokens_by_lost_experts": tables},
-        "nonfinite": nonfinite,
-    }
-    return report
-
-
-def _requantization(state: Mapping[str, Any]) -> dict[str, Any]:
-    relative = (state["sum_sq_err"] / state["sum_sq"]) ** 0.5 if state["sum_sq"] else 0.0
-    return {
-        "lossless": state["num_changed"] == 0 and state["num_nonfinite"] == 0,
-        "changed": state["num_changed"],
-        "blocks": state.get("blocks", 0),
-        "blocks_changed": state.get("blocks_changed", 0),
-        "relative_rms": float(f"{relative:.6g}"),
-        "max_abs": float(f"{state['max_abs']:.6g}"),
-    }
 
 
 def companion_files(plan: Plan) -> dict[str, bytes]:
@@ -225,44 +239,3 @@ def _own_files(
         PROVENANCE_FILE: (json.dumps(provenance, indent=1) + "\n").encode(),
         "config.json": config.encode(),
     }
-
-
-def provenance_of(
-    plan: Plan, digests: Mapping[str, str], report: Mapping[str, Any]
-) -> dict[str, Any]:
-    """v4surgery.json: where every tensor comes from, without a path or a date."""
-    parent = plan.parent
-    tensors = {}
-    for edit in plan.edits:
-        source = edit.source
-        for output in edit.outputs:
-            item: dict[str, Any] = {"how": edit.transform, "blake3": digests.get(output.name)}
-            if source is not None:
-                part = source.weight if output is edit.outputs[0] else source.scale
-                item["from"] = source.entry.stem
-                if part is not None:
-                    item["range"] = [part.file, part.begin, part.end]
-            if edit.mix is not None:
-                item |= edit.mix.to_json()
-            tensors[output.name] = item
-    counted = [edit for edit in plan.edits if edit.target.template.storage != I64]
-    return {
-        "format": 1,
-        "tool": {"name": "v4surgery", "version": __version__},
-        "plan_hash": plan.plan_hash,
-        "parent": {
-            **parent.source.identity(),
-            "fingerprint": parent.fingerprint,
-            **describe_parent(parent),
-        },
-        "recipe": plan.recipe.name,
-        "parameters": parameters(plan.catalogue),
-        "num_tensors": len(counted),
-        "notes": list(plan.notes),
-        "selections": plan.selections.to_json(),
-        "report": dict(report),
-        "tensors": tensors,
-    }
-
-
-__all__ = ["Replica", "companion_files", "make_jobs", "slice_plan"]

@@ -36,8 +36,8 @@ from typing import Any
 from v4surgery.axes import Dim, contains, parse_axis
 from v4surgery.catalogue import Block, Entry, norm_before
 from v4surgery.checkpoint.header import payload_bytes
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Checkpoint
+from v4surgery.checkpoint.refs import StoredTensorRef
 from v4surgery.config import V4Config
 from v4surgery.errors import PlanError
 from v4surgery.importance.moments import has_moments

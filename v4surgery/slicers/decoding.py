@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from v4surgery import formats
 from v4surgery.catalogue import FP4, QUANTIZED
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import NUMPY_DTYPE, Checkpoint, Rows, decode
+from v4surgery.checkpoint.refs import StoredTensorRef
 from v4surgery.errors import UsageError
 
 if TYPE_CHECKING:

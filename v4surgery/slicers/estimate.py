@@ -13,8 +13,8 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Checkpoint, Rows
+from v4surgery.checkpoint.refs import StoredTensorRef
 from v4surgery.recipes import Recipe, is_score, listed_ways
 from v4surgery.slicers.plan import Plan, make_plan
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 import numpy as np
 
 from v4surgery.config import V4Config
+from v4surgery.errors import PlanError
 from v4surgery.importance.scorebook import Scores
-from v4surgery.recipes.schema import Choice, Heads
-from v4surgery.slicers.pick import choose
+from v4surgery.recipes.schema import Choice, Heads, Keep
+from v4surgery.slicers.pick import check_keep, choose
 from v4surgery.slicers.selection import IntArray
 
 
@@ -91,3 +92,37 @@ def choose_in_groups(
     if all(row is None for row in rows):
         return None
     return np.stack([np.arange(size, dtype=np.int64) if row is None else row for row in rows])
+
+
+def index_nope(keep: Keep, config: V4Config) -> Choice | None:
+    """The choice among the index dims without position: the total less the rope dims.
+
+    Raises:
+        PlanError: The total leaves no room for them, or ids that do not add up to it.
+    """
+    choice = keep.indexer.head_dim if keep.indexer else None
+    if choice is None:
+        return None
+    nope = choice.keep - rope_dims(keep, config)
+    if nope < 1:
+        raise PlanError(
+            "the index head has no room for dims without position",
+            where="keep.indexer.head_dim",
+            value=choice.keep,
+            rule=f"more than the {rope_dims(keep, config)} rope dims",
+        )
+    check_keep(nope, config.index_nope_head_dim, "keep.indexer.head_dim less the rope dims")
+    if choice.ids is not None and len(choice.ids) != nope:
+        raise PlanError(
+            "the index head's ids do not add up to its size with the rope dims",
+            where="keep.indexer.head_dim",
+            value=f"{len(choice.ids)} ids, keep {choice.keep}",
+            rule=f"{nope} ids, beside the {rope_dims(keep, config)} rope dims",
+        )
+    return choice.model_copy(update={"keep": nope})
+
+
+def rope_dims(keep: Keep, config: V4Config) -> int:
+    """How many rope dims every head of the replica has."""
+    rope = keep.head_dim.rope if keep.head_dim else None
+    return rope or config.qk_rope_head_dim

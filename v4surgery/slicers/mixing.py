@@ -11,34 +11,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from v4surgery.checkpoint.reader import Checkpoint
-from v4surgery.formats import FP8_BLOCK
-
-if TYPE_CHECKING:
-    from v4surgery.slicers.basis_file import BasisFile
-    from v4surgery.slicers.plan import TensorEdit
+from v4surgery.slicers.basis_file import BasisFile
+from v4surgery.slicers.edit import TensorEdit
 
 Float = NDArray[np.float64]
 ReadRows = Callable[[int, int], NDArray[np.float32]]
 
-MIX_ELEMENTS = 1 << 22
-"""Of a result with mixed rows, computed at a time."""
 PANEL_ELEMENTS = 1 << 20
 MIXING_BYTES = 160 << 20
 """What a worker needs at most: result and product of 32 MB each, a panel decoded, and bases."""
 # A BLAS has threads of its own: products of several workers at once would only wait for each other.
 _one_product = threading.Lock()
-
-
-def rows_at_a_time(edit: TensorEdit) -> int:
-    """Rows of a result with mixed rows that one pass over its source computes."""
-    rows = max(MIX_ELEMENTS // edit.shape[1], 1)
-    return min(max(rows // FP8_BLOCK, 1) * FP8_BLOCK, edit.shape[0])
 
 
 class Mixer:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from v4surgery.axes import axis_index, parse_axis
+from v4surgery.checkpoint.durable import sync_dir
 from v4surgery.checkpoint.folder import LocalFolder
-from v4surgery.checkpoint.journal import sync_dir
 from v4surgery.checkpoint.reader import Checkpoint, decode
 from v4surgery.checkpoint.shard import PART, writing
 from v4surgery.errors import PlanError

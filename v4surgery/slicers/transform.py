@@ -8,33 +8,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from v4surgery import formats
-from v4surgery.catalogue import BF16, F16, F32, FP4, FP8, FP8_F32, QUANTIZED
+from v4surgery.catalogue import BF16, F32, FP4, FP8, FP8_F32, QUANTIZED
 from v4surgery.checkpoint.layout import OutputTensor, row_offsets
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import NUMPY_DTYPE, Checkpoint, decode
-from v4surgery.errors import V4SurgeryError
+from v4surgery.checkpoint.refs import StoredTensorRef
 from v4surgery.slicers.basis_file import BasisFile
 from v4surgery.slicers.compress_ratios import interpolate_rows
 from v4surgery.slicers.decoding import Decoder, host_decoder
+from v4surgery.slicers.edit import COPY, FOLD, GATHER, INTERPOLATE, REMAP, ZERO, TensorEdit
+from v4surgery.slicers.encoding import largest_scales, narrowed, quantized
 from v4surgery.slicers.hash_table import HashRemap, similarity_rank
-from v4surgery.slicers.mixing import MIXING_BYTES, Mixer, kept_factor, rows_at_a_time
-from v4surgery.slicers.plan import (
-    COPY,
-    FOLD,
-    GATHER,
-    INTERPOLATE,
-    REMAP,
-    ZERO,
-    Plan,
-    TensorEdit,
-)
+from v4surgery.slicers.mixing import MIXING_BYTES, Mixer, kept_factor
+from v4surgery.slicers.plan import Plan
 from v4surgery.slicers.selection import IntArray
+from v4surgery.slicers.tally import Tally
 
 COPY_BYTES = 8 << 20
 CHUNK_ELEMENTS = 1 << 20
@@ -52,16 +46,11 @@ Buffers = Sequence[NDArray[Any] | memoryview | None]
 _scratch = threading.local()
 
 
-class NonFiniteError(V4SurgeryError):
-    """NaN or infinite weights met where the recipe asks to stop."""
-
-
 class EditJob:
-    """One edit as a job of the writer; see :class:`v4surgery.checkpoint.writer.Job`.
+    """One edit as a job of the writer; see :class:`v4surgery.checkpoint.job.Job`.
 
-    ``state`` counts what a report needs: it is journaled with every chunk and restored on resume,
-    so that a resumed run writes the same report. ``bases`` are the recorded ones, where the edit
-    mixes; ``slack`` says how far two machines may be apart in what was computed last.
+    ``bases`` are the recorded ones, where the edit mixes; ``slack`` says how far two machines may
+    be apart in what was computed last.
     """
 
     hole = False
@@ -74,11 +63,11 @@ class EditJob:
         decoder: Decoder = host_decoder,
         bases: BasisFile | None = None,
     ) -> None:
-        self.parent, self.edit, self.nonfinite = parent, edit, nonfinite
-        self.bases = bases
+        self.parent, self.edit, self.bases = parent, edit, bases
+        self.tally = Tally(edit, nonfinite)
+        self.state = self.tally.state
         self._decoder = decoder
         self.outputs = tuple(OutputTensor(*output) for output in edit.outputs)
-        self.state: dict[str, Any] = {}
         self._remap: HashRemap | None = None
         self.slack = 0.0
         if edit.transform == COPY:
@@ -111,7 +100,7 @@ class EditJob:
     def _rows_per_chunk(self) -> int:
         edit = self.edit
         if self.is_mixed and edit.mix is not None and edit.mix.rows is not None:
-            return rows_at_a_time(edit)
+            return edit.rows_a_pass
         width = edit.shape[1] if len(edit.shape) == 2 else 1
         if edit.source is not None:
             width = max(width, edit.source.weight.row_bytes)
@@ -172,7 +161,7 @@ class EditJob:
         assert bases is not None, edit.target.stem
         if edit.transform == FOLD:
             ones = np.full(end - begin, edit.factor * kept_factor(edit, bases), np.float32)
-            return (_narrowed(ones, edit.fmt),)
+            return (narrowed(ones, edit.fmt),)
 
         def read(first: int, last: int) -> NDArray[np.float32]:
             return np.concatenate(
@@ -185,10 +174,10 @@ class EditJob:
         mixer = Mixer(self.parent, edit, bases, read)
         values = mixer.rows(begin, end).astype(np.float32)
         self.slack = mixer.slack
-        self._check_finite(~np.isfinite(values))
+        self.tally.check_finite(~np.isfinite(values))
         if edit.fmt in QUANTIZED:
             return self._quantized(values)
-        return (_narrowed(values, edit.fmt),)
+        return (narrowed(values, edit.fmt),)
 
     def _pieces(self, begin: int, end: int) -> list[tuple[slice | IntArray, IntArray | None]]:
         """Parent rows and columns of some picked rows: one piece, or one for each group met."""
@@ -234,15 +223,15 @@ class EditJob:
         for rows, cols in self._pieces(begin, end):
             if edit.factor == 1.0 and edit.fmt == BF16:
                 part: NDArray[Any] = self._decoder(self.parent, source, rows, cols)
-                self._check_finite((part & 0x7F80) == 0x7F80)
+                self.tally.check_finite((part & 0x7F80) == 0x7F80)
                 if source.fmt == F32:
-                    self._count_rounded(part, self.parent.read_codes(source, rows, cols)[0])
+                    self.tally.count_rounded(part, self.parent.read_codes(source, rows, cols)[0])
             else:
                 codes, scales = self.parent.read_codes(source, rows, cols)
                 values = decode(source.fmt, codes, scales, "f32").astype(np.float64) * edit.factor
                 wide = values.astype(np.float32)
-                self._check_finite(~np.isfinite(wide))
-                part = _narrowed(wide, edit.fmt)
+                self.tally.check_finite(~np.isfinite(wide))
+                part = narrowed(wide, edit.fmt)
             parts.append(part)
         return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
 
@@ -257,31 +246,18 @@ class EditJob:
                 assert scales is not None
                 scale_parts.append(np.broadcast_to(scales, codes.shape))
         values = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        self._check_finite(~np.isfinite(values))
+        self.tally.check_finite(~np.isfinite(values))
         if edit.fmt == FP8_F32 and source.fmt == FP8_F32:
-            return self._quantized(values, _largest_scales(np.concatenate(scale_parts)))
+            return self._quantized(values, largest_scales(np.concatenate(scale_parts)))
         return self._quantized(values)
 
     def _quantized(
         self, values: NDArray[np.float32], block_scales: NDArray[np.float32] | None = None
     ) -> Buffers:
         """Codes and scales of values; what that loses is counted."""
-        edit = self.edit
-        if edit.fmt == FP4:
-            packed, scale = formats.quantize_fp4(values)
-            group = np.repeat(scale, formats.FP4_GROUP, axis=1)
-            again = formats.decode_fp4(formats.unpack_fp4(packed), group, "f32")
-            self._count(values, again)
-            return packed, scale
-        if block_scales is not None:
-            code8, scale8 = formats.quantize_fp8(values, "F32", block_scales)
-        else:
-            dtype = "F32" if edit.fmt == FP8_F32 else "F8_E8M0"
-            code8, scale8 = formats.quantize_fp8(values, dtype)  # type: ignore[call-overload]
-        spread = np.repeat(np.repeat(scale8, formats.FP8_BLOCK, 0), formats.FP8_BLOCK, 1)
-        spread = spread[: code8.shape[0], : code8.shape[1]]
-        self._count(values, formats.decode_fp8(code8, np.ascontiguousarray(spread), "f32"))
-        return code8, scale8
+        codes, scales, again = quantized(values, self.edit.fmt, block_scales)
+        self.tally.count_requantized(values, again)
+        return codes, scales
 
     def _remap_rows(self, source: StoredTensorRef, begin: int, end: int) -> NDArray[np.int64]:
         edit = self.edit
@@ -291,15 +267,10 @@ class EditJob:
         (rows, _), *_ = self._pieces(begin, end)
         table = self.parent.read_rows(source.weight, rows).view(np.int64)
         mapped, lost = self._remap.apply(table, begin)
-        before = self.state.get("tokens_by_lost_experts", [0] * len(lost))
-        self.state["tokens_by_lost_experts"] = [
-            a + int(b) for a, b in zip(before, lost, strict=True)
-        ]
+        self.tally.count_lost_experts(lost)
         return mapped
 
     def _with_rank(self, remap: HashRemap) -> HashRemap:
-        from dataclasses import replace
-
         if remap.policy != "nearest":
             return remap
         source = self.edit.source
@@ -316,61 +287,3 @@ class EditJob:
         if self.edit.cols is not None:
             values = values[:, self.edit.cols]
         return interpolate_rows(values, self.edit.shape[0])
-
-    def _check_finite(self, bad: NDArray[np.bool_]) -> None:
-        count = int(np.count_nonzero(bad))
-        if not count:
-            return
-        self.state["nonfinite"] = self.state.get("nonfinite", 0) + count
-        if self.nonfinite == "error" or self.edit.fmt == FP4:
-            raise NonFiniteError(
-                "the parent has weights that are NaN or infinite",
-                where=self.edit.source.entry.stem if self.edit.source else None,
-                value=f"{count} in one chunk",
-                rule="finite weights where they are decoded (FP4 cannot store others)",
-                hint="store: {nonfinite: warn} keeps them where the format can",
-            )
-
-    def _count_rounded(self, bits: NDArray[np.uint16], values: NDArray[np.float32]) -> None:
-        changed = np.count_nonzero(formats.bf16_to_f32(bits) != values)
-        self.state["rounded"] = self.state.get("rounded", 0) + int(changed)
-
-    def _count(self, values: NDArray[np.float32], again: NDArray[np.float32]) -> None:
-        stats = formats.quantized_error(values, again)
-        for name in ("count", "num_changed", "num_nonfinite", "sum_sq_err", "sum_sq"):
-            self.state[name] = self.state.get(name, 0) + getattr(stats, name)
-        self.state["max_abs"] = max(self.state.get("max_abs", 0.0), stats.max_abs)
-        if self.edit.fmt in (FP8, FP8_F32):  # a chunk is whole rows of blocks
-            changed = _by_block(values != again)
-            self.state["blocks"] = self.state.get("blocks", 0) + changed.size
-            lost = int(np.count_nonzero(changed))
-            self.state["blocks_changed"] = self.state.get("blocks_changed", 0) + lost
-
-
-def _narrowed(values: NDArray[np.float32], fmt: str) -> NDArray[Any]:
-    if fmt == F32:
-        return values
-    return values.astype(np.float16) if fmt == F16 else formats.f32_to_bf16(values)
-
-
-def _by_block(flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Whether any value of each 128x128 block is flagged."""
-    row_starts = np.arange(0, flags.shape[0], formats.FP8_BLOCK)
-    col_starts = np.arange(0, flags.shape[1], formats.FP8_BLOCK)
-    by_row = np.logical_or.reduceat(flags, row_starts, axis=0)
-    result: NDArray[np.bool_] = np.logical_or.reduceat(by_row, col_starts, axis=1)
-    return result
-
-
-def _largest_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of each 128x128 block the largest parent scale: values that had it come back unchanged.
-
-    A block in which no scale is finite and unlike 0 holds no other number than 0: 1 serves.
-    """
-    row_starts = np.arange(0, scales.shape[0], formats.FP8_BLOCK)
-    col_starts = np.arange(0, scales.shape[1], formats.FP8_BLOCK)
-    usable = np.where(np.isfinite(scales), np.abs(scales), np.float32(0))
-    by_row = np.maximum.reduceat(usable, row_starts, axis=0)
-    result: NDArray[np.float32] = np.maximum.reduceat(by_row, col_starts, axis=1)
-    result[result == 0] = 1
-    return result

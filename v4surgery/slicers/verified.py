@@ -31,9 +31,9 @@ from v4surgery.checkpoint.layout import INDEX_FILE
 from v4surgery.checkpoint.reader import CONFIG_FILE, Checkpoint
 from v4surgery.checkpoint.shard import PART
 from v4surgery.checkpoint.source import Source
-from v4surgery.slicers.apply import PROVENANCE_FILE, RECIPE_FILE
 from v4surgery.slicers.basis_file import BASES_FILE
-from v4surgery.slicers.verify import Verification, read_provenance
+from v4surgery.slicers.provenance import PROVENANCE_FILE, RECIPE_FILE, read_provenance
+from v4surgery.slicers.verify import Verification
 from v4surgery.version import __version__
 
 VERIFIED_FILE = "verified.json"

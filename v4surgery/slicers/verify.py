@@ -23,22 +23,14 @@ import numpy as np
 from blake3 import blake3
 
 from v4surgery.checkpoint.layout import OutputTensor
-from v4surgery.checkpoint.matching import TensorRef
 from v4surgery.checkpoint.reader import Checkpoint
-from v4surgery.errors import CheckpointError, UsageError
-from v4surgery.recipes import Recipe, recipe_from_text
-from v4surgery.slicers.apply import (
-    PROVENANCE_FILE,
-    RECIPE_FILE,
-    companion_files,
-    long_spans,
-    make_jobs,
-    provenance_of,
-)
+from v4surgery.checkpoint.refs import TensorRef
+from v4surgery.errors import UsageError
+from v4surgery.slicers.apply import companion_files, long_spans, make_jobs
 from v4surgery.slicers.basis_file import BASES_FILE, BasisFile
 from v4surgery.slicers.neighbours import is_rounding
 from v4surgery.slicers.plan import Plan, replay
-from v4surgery.slicers.record_shape import shape_problem
+from v4surgery.slicers.provenance import provenance_of, read_provenance, read_recipe
 from v4surgery.slicers.transform import EditJob
 from v4surgery.synth import RandomJob
 from v4surgery.version import __version__
@@ -68,52 +60,6 @@ class Verification:
     @property
     def passed(self) -> bool:
         return not self.problems
-
-
-def read_provenance(replica: Checkpoint) -> dict[str, Any]:
-    """v4surgery.json of a replica.
-
-    Raises:
-        CheckpointError: There is none, or it is no record of a slice.
-    """
-    where = f"{replica.name}/{PROVENANCE_FILE}"
-    try:
-        record = json.loads(replica.read_file(PROVENANCE_FILE))
-    except (ValueError, RecursionError, OSError, CheckpointError):
-        record = None
-    if not isinstance(record, dict) or "selections" not in record:
-        raise CheckpointError(
-            "not a replica: it does not say what it was cut from",
-            where=where,
-            rule="a folder that `v4surgery slice` wrote",
-        )
-    problem = shape_problem(record)
-    if problem is not None:
-        raise CheckpointError(
-            "the replica's record is malformed",
-            where=where,
-            value=problem,
-            rule="v4surgery.json as `v4surgery slice` writes it",
-            hint="get it from where the replica came from, or slice again into another folder",
-        )
-    return record
-
-
-def read_recipe(replica: Checkpoint) -> Recipe:
-    """The resolved recipe that a replica carries.
-
-    Raises:
-        CheckpointError: It is no replica, or its recipe is no text.
-        RecipeError: Its recipe has problems.
-    """
-    read_provenance(replica)  # says best what is wrong with a folder that is no replica
-    where = f"{replica.name}/{RECIPE_FILE}"
-    try:
-        text = replica.read_file(RECIPE_FILE).decode()
-    except UnicodeDecodeError as error:
-        raise CheckpointError("the recipe is not UTF-8 text", where=where, value=error) from None
-    # A resolved recipe is whole: one that names other files would have us open them.
-    return recipe_from_text(text, RECIPE_FILE, is_whole=True)
 
 
 def replay_replica(replica: Checkpoint, parent: Checkpoint) -> Plan:

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from v4surgery.errors import OutputError
-from v4surgery.slicers.plan import TRANSFORMS
+from v4surgery.slicers.edit import TRANSFORMS
 from v4surgery.validation.behaviour import BLOCK_TAPS, FREE, TAUGHT, LayerBehaviour
 from v4surgery.validation.charts import (
     Scale,

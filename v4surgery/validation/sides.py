@@ -15,7 +15,7 @@ from v4surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from v4surgery.errors import CheckpointError, UsageError
 from v4surgery.model.numerics import Numerics
 from v4surgery.model.streaming import BlockTiming, StreamOptions
-from v4surgery.slicers.verify import read_provenance, read_recipe
+from v4surgery.slicers.provenance import read_provenance, read_recipe
 from v4surgery.validation.default_prompts import choose_prompts
 from v4surgery.validation.diff import TOLERANCE, Diff, View, diff_traces
 from v4surgery.validation.mapping import ReplicaMapping

@@ -18,7 +18,8 @@ from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.errors import UsageError
 from v4surgery.model.numerics import Numerics
 from v4surgery.model.streaming import StreamOptions
-from v4surgery.slicers.verify import Verification, read_provenance, read_recipe, verify_replica
+from v4surgery.slicers.provenance import read_provenance, read_recipe
+from v4surgery.slicers.verify import Verification, verify_replica
 from v4surgery.text.prompts import check_ids
 from v4surgery.validation.behaviour import compare_behaviour
 from v4surgery.validation.masked import check_masked
