@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.support.parents import write_small_parent
-from v4surgery.checkpoint.matching import TensorRef
 from v4surgery.checkpoint.reader import Checkpoint, open_checkpoint
+from v4surgery.checkpoint.refs import TensorRef
 from v4surgery.errors import UsageError
 from v4surgery.model.loader import load_model
 from v4surgery.model.numerics import Numerics

@@ -159,6 +159,3 @@ def _report(
             rule="exactly the tensors of docs/tensors.md, each in a known format",
             hint="check that config.json belongs to these shards and that no shard is missing",
         )
-
-
-__all__ = ["StoredTensorRef", "TensorRef", "match_tensors"]

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from v4surgery.checkpoint.matching import TensorRef
 from v4surgery.checkpoint.reader import Checkpoint
+from v4surgery.checkpoint.refs import TensorRef
 from v4surgery.distributed.team import Team
 from v4surgery.model.ranges import (
     ALIGNMENT,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from v4surgery.checkpoint.matching import TensorRef
 from v4surgery.checkpoint.reader import Checkpoint
+from v4surgery.checkpoint.refs import TensorRef
 from v4surgery.config import V4Config
 from v4surgery.distributed.team import Team
 from v4surgery.model.hyper_connections import Connected

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from v4surgery.catalogue import F32, QUANTIZED
-from v4surgery.checkpoint.matching import StoredTensorRef, TensorRef
 from v4surgery.checkpoint.reader import Checkpoint
+from v4surgery.checkpoint.refs import StoredTensorRef, TensorRef
 from v4surgery.errors import CatalogueError
 from v4surgery.model.linear import Linear
 from v4surgery.model.numerics import Numerics

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from v4surgery.checkpoint.matching import StoredTensorRef, TensorRef
 from v4surgery.checkpoint.reader import Checkpoint
+from v4surgery.checkpoint.refs import StoredTensorRef, TensorRef
 from v4surgery.model.loader import TORCH_DTYPE
 
 PIECE_BYTES = 8 << 20

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from v4surgery.checkpoint.matching import StoredTensorRef, TensorRef
+from v4surgery.checkpoint.refs import StoredTensorRef, TensorRef
 from v4surgery.distributed.experts import combine_ranks
 from v4surgery.model.loader import place
 from v4surgery.model.moe import Expert, Experts, Matrices

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from v4surgery.catalogue import Block as BlockSpec
-from v4surgery.checkpoint.matching import StoredTensorRef
 from v4surgery.checkpoint.reader import Checkpoint
+from v4surgery.checkpoint.refs import StoredTensorRef
 from v4surgery.distributed.loading import SharedLoader
 from v4surgery.distributed.team import Team
 from v4surgery.errors import UsageError
