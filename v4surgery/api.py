@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from v4surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from v4surgery.conversion.run import Converted, plan_conversion, run_conversion
 from v4surgery.distributed.launch import find_launch
+from v4surgery.distributed.parent import plan_together
 from v4surgery.errors import UsageError
 from v4surgery.recipes import Recipe, load_recipe
 from v4surgery.slicers.apply import DEFAULT_MEMORY_BYTES, Replica, slice_plan
@@ -110,6 +111,7 @@ def plan(
     overrides: Sequence[str] = (),
     *,
     scores: PathLike | None = None,
+    team: Team | None = None,
 ) -> Plan:
     """Everything about a replica before its first byte is written; print it, save it, hash it.
 
@@ -118,6 +120,7 @@ def plan(
         recipe: A recipe, the name of a built-in one, or the path of a file.
         overrides: ``key.path=value`` changes to a named recipe.
         scores: Scores file, instead of the recipe's.
+        team: Ranks that are to write it; all of them call this, and the first one chooses.
 
     Raises:
         RecipeError: The recipe has problems; all are listed.
@@ -129,7 +132,7 @@ def plan(
         raise UsageError("overrides go with a recipe's name, not with a Recipe object")
     if scores is not None:
         recipe = recipe.model_copy(update={"scores": os.fspath(scores)})
-    return make_plan(parent, recipe)
+    return make_plan(parent, recipe) if team is None else plan_together(team, parent, recipe)
 
 
 def slice(  # noqa: A001 - the public name is v4surgery.slice

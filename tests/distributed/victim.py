@@ -2,6 +2,8 @@
 
 After ``count`` chunks of a slice (place ``chunk``) or blocks of a forward (``block``) the rank is
 killed (``kill``), finds its disk full (``full``), or meets bytes that it cannot read (``unread``).
+Or it comes ``late``, by ``count`` seconds; or it is ``hasty``: between the tries of a read from the
+Hub it hardly waits. The Hub sees in every request which rank it is from.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from typing import Any
 
+os.environ["HF_HUB_USER_AGENT_ORIGIN"] = "rank-" + os.environ["RANK"]
 rank, what, place, count = os.environ["VICTIM"].split(":")
 left = int(count)
 
@@ -40,7 +44,16 @@ def before(owner: Any, name: str) -> None:
 
 
 if os.environ["RANK"] == rank:
-    if place == "chunk":
+    if what == "late":
+        time.sleep(left)
+    elif what == "hasty":
+        from functools import partial
+
+        from v4surgery.checkpoint import remote
+        from v4surgery.checkpoint.patience import Patience
+
+        remote.Patience = partial(Patience, wait=lambda wake, _: wake.wait(0.05))  # type: ignore[misc,assignment]
+    elif place == "chunk":
         from v4surgery.checkpoint.shard import OutputFile
 
         before(OutputFile, "append")

@@ -20,6 +20,7 @@ from v4surgery.checkpoint.official import SCALES_FILE
 from v4surgery.checkpoint.reader import CONFIG_FILE, Checkpoint
 from v4surgery.checkpoint.writer import WriteResult
 from v4surgery.conversion.official import MAX_RANKS, OfficialPlan, plan_official, write_official
+from v4surgery.distributed.parent import require_same
 from v4surgery.errors import UsageError
 from v4surgery.recipes.schema import Recipe
 from v4surgery.slicers.apply import DEFAULT_MEMORY_BYTES, slice_plan
@@ -161,6 +162,7 @@ def run_conversion(
     plan = conversion.plan
     if isinstance(plan, OfficialPlan):
         parent = plan.parent
+        require_same(team, parent)
         written, report = write_official(
             plan,
             out,

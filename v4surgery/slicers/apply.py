@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from v4surgery.catalogue import I64
 from v4surgery.checkpoint.writer import Job, WriteResult, write_checkpoint
+from v4surgery.distributed.parent import require_same
 from v4surgery.recipes import dump_recipe
 from v4surgery.slicers.basis_file import BasisFile
 from v4surgery.slicers.decoding import Decoder, find_decoder
@@ -102,7 +103,9 @@ def slice_plan(
     Raises:
         OutputError: The folder is not ours, in use, or the disk is too small.
         ReadError: The parent could not be read, or changed meanwhile.
+        CheckpointError: The ranks have opened different parents.
     """
+    require_same(team, plan.parent)
     jobs: list[EditJob | RandomJob] = make_jobs(plan, device)
     companions = companion_files(plan)
     bases: BasisFile | None = None
