@@ -6,13 +6,17 @@ import json
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.distributed.conftest import VICTIM, Torchrun, alone, contents
 from tests.distributed.test_forward import TOLERANCE, require_equal
-from tests.hub.remote_support import PARENT, data_spans, header_bytes
+from tests.hub.remote_support import PARENT, data_spans, header_bytes, open_parent
 from tests.support.hub import LoggedRequest, LoopbackHub, hub_environment, on_hub
+from v4surgery.distributed.parent import require_same
+from v4surgery.errors import CheckpointError
 
 BETWEEN = (str(VICTIM),)
 IDS = "1,2,3,4,5,6,7,8,9,10"
@@ -75,6 +79,29 @@ def test_a_trace_is_equal_and_the_hub_serves_no_tensor_twice(
     assert by_two.data == by_one.data
     assert not by_two.has_repeated
     assert by_two.others <= 2 * by_one.others
+
+
+def test_ranks_that_opened_different_commits_are_told(hub: LoopbackHub) -> None:
+    """A branch moved between two openings; only what is no tensor changed."""
+    told: list[tuple[str, str | None]] = []
+
+    def gather(own: tuple[str, str | None]) -> list[tuple[str, str | None]]:
+        told.append(own)
+        return told
+
+    team: Any = SimpleNamespace(gather=gather)
+    before = hub.repos[PARENT].refs["main"]
+    with open_parent() as first:
+        hub.repos[PARENT].commit({"README.md": b"moved"})
+        with open_parent() as second, open_parent(before) as third:
+            assert first.fingerprint == second.fingerprint
+            require_same(team, first)
+            require_same(team, third)
+            with pytest.raises(CheckpointError, match="not opened the same checkpoint") as error:
+                require_same(team, second)
+    assert f"where: {PARENT} on rank 2\n" in str(error.value)
+    assert before in str(error.value)
+    assert "next: name a commit, ORG/NAME@COMMIT" in str(error.value)
 
 
 def test_a_slice_asks_the_hub_for_no_more_than_one_process(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from v4surgery.catalogue import I64
+from v4surgery.checkpoint.folder import LocalFolder
 from v4surgery.checkpoint.writer import Job, WriteResult, write_checkpoint
 from v4surgery.distributed.parent import require_same
 from v4surgery.recipes import dump_recipe
@@ -113,7 +114,10 @@ def slice_plan(
     def prepare() -> None:
         nonlocal bases
         if plan.bases:
-            bases = prepare_bases(plan, out, progress)
+            if team is None or team.is_first:
+                bases = prepare_bases(plan, out, progress)
+            else:
+                bases = BasisFile(LocalFolder(out), plan.bases)
             opened.callback(bases.close)
             for job in jobs:
                 if isinstance(job, EditJob):
