@@ -98,7 +98,9 @@ def test_bases_and_scores_give_the_same_bytes(
     assert json.loads(done.out)["chunks_reused"] > 0
     assert contents(out) == contents(tmp_path / "one")
     record = json.loads((out / "v4surgery.json").read_text())
-    made_of = {key.partition("/")[0]: item["moments"] for key, item in record["bases"]["of"].items()}
+    made_of = {
+        key.partition("/")[0]: item["moments"] for key, item in record["bases"]["of"].items()
+    }
     assert [key for key, moments in made_of.items() if moments] == ["q_lora_rank"]
     assert made_of.keys() == {"hidden_size", "q_lora_rank", "o_lora_rank"}
 

@@ -15,6 +15,7 @@ from tests.distributed.conftest import VICTIM, Torchrun, alone, contents
 from tests.distributed.test_forward import TOLERANCE, require_equal
 from tests.hub.remote_support import PARENT, data_spans, header_bytes, open_parent
 from tests.support.hub import LoggedRequest, LoopbackHub, hub_environment, on_hub
+from v4surgery.cli import main
 from v4surgery.distributed.parent import require_same
 from v4surgery.errors import CheckpointError
 
@@ -23,9 +24,7 @@ IDS = "1,2,3,4,5,6,7,8,9,10"
 
 
 @pytest.fixture
-def hub(
-    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[LoopbackHub]:
+def hub(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     with LoopbackHub() as started:
         started.add_repo(PARENT, parent)
         use_home(monkeypatch, started, tmp_path / "home")
@@ -192,21 +191,35 @@ def test_a_shard_that_is_gone_is_said_once(
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_validation_against_the_hub_has_the_same_numbers(
+def test_a_validation_that_fails_has_the_same_numbers_and_its_report(
     torchrun: Torchrun,
     parent: Path,
-    replica: Path,
+    recipe: Path,
     hub: LoopbackHub,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The first rank takes long to write the report; the others, which have none, wait for it."""
+    strict, out = tmp_path / "strict.yaml", tmp_path / "replica"
+    strict.write_text(recipe.read_text() + "validate: {logit_kl: 1.0e-9}\n")
+    alone("slice", "--recipe", strict, "--parent", parent, "--out", out, "--json")
+    capsys.readouterr()
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"ids": list(range(12))}) + "\n")
-    arguments = ("validate", replica, "--prompts", prompts, "--json", "--parent")
-    alone(*arguments, parent)
-    one = json.loads(capsys.readouterr().out)
-    done = torchrun(2, *arguments, f"{PARENT}@{hub.repos[PARENT].refs['main']}")
-    assert done.code == 0, done.err
+    arguments = ("validate", out, "--prompts", prompts, "--json", "--parent")
+    pinned, report = f"{PARENT}@{hub.repos[PARENT].refs['main']}", tmp_path / "report"
+    with pytest.raises(SystemExit) as failed:
+        main([*map(str, arguments), pinned])
+    assert failed.value.code == 3
+    one, by_one = json.loads(capsys.readouterr().out), Served(hub, parent)
+    use_home(monkeypatch, hub, tmp_path / "another")
+    arguments = (*arguments, pinned, "--report", report)
+    done = torchrun(2, *arguments, program=BETWEEN, VICTIM="0:late:report:4")
+    assert (done.code, done.err.count("(exitcode: 3)")) == (1, 1)  # torchrun's, and ours
+    assert done.err.count("error: ") == done.err.count("error: replica fails the validation") == 1
+    assert (report / "validation.json").exists()
     two = json.loads(done.out)
-    assert two["verdict"] == one["verdict"]
+    assert two["verdict"] == one["verdict"] == "fail"
     assert two["summary"] == pytest.approx(one["summary"], rel=100 * TOLERANCE)
+    assert Served(hub, parent).data == by_one.data
