@@ -1,9 +1,10 @@
 """``v4surgery`` with an accident on one rank: VICTIM=<rank>:<what>:<place>:<count>.
 
+The rank may come ``late``, by ``count`` seconds, to all or to its ``report``; or it is ``hasty``:
+between the tries of a read from the Hub it hardly waits, and the Hub sees which rank asks.
+
 After ``count`` chunks of a slice (place ``chunk``) or blocks of a forward (``block``) the rank is
 killed (``kill``), finds its disk full (``full``), or meets bytes that it cannot read (``unread``).
-Or it comes ``late``, by ``count`` seconds, to all or to its ``report``; or it is ``hasty``: between
-the tries of a read from the Hub it hardly waits. The Hub sees which rank a request is from.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import signal
 import time
 from typing import Any
 
-os.environ["HF_HUB_USER_AGENT_ORIGIN"] = "rank-" + os.environ["RANK"]
 rank, what, place, count = os.environ["VICTIM"].split(":")
 left = int(count)
 
@@ -43,6 +43,7 @@ def before(owner: Any, name: str) -> None:
     setattr(owner, name, wrapped)
 
 
+os.environ["HF_HUB_USER_AGENT_ORIGIN"] = "rank-" + os.environ["RANK"]
 if os.environ["RANK"] == rank:
     if what == "late" and place == "report":
         from v4surgery.validation import report
