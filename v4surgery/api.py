@@ -110,6 +110,7 @@ def plan(
     overrides: Sequence[str] = (),
     *,
     scores: PathLike | None = None,
+    team: Team | None = None,
 ) -> Plan:
     """Everything about a replica before its first byte is written; print it, save it, hash it.
 
@@ -118,6 +119,7 @@ def plan(
         recipe: A recipe, the name of a built-in one, or the path of a file.
         overrides: ``key.path=value`` changes to a named recipe.
         scores: Scores file, instead of the recipe's.
+        team: Ranks that are to write it; all of them call this, and the first one chooses.
 
     Raises:
         RecipeError: The recipe has problems; all are listed.
@@ -129,7 +131,7 @@ def plan(
         raise UsageError("overrides go with a recipe's name, not with a Recipe object")
     if scores is not None:
         recipe = recipe.model_copy(update={"scores": os.fspath(scores)})
-    return make_plan(parent, recipe)
+    return make_plan(parent, recipe, team)
 
 
 def slice(  # noqa: A001 - the public name is v4surgery.slice

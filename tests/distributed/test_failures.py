@@ -140,6 +140,15 @@ def test_what_every_rank_finds_wrong_is_said_once(
     assert "each rank takes the GPU of its LOCAL_RANK" in done.err
 
 
+def test_a_usage_error_is_said_though_the_first_rank_comes_late(torchrun: Torchrun) -> None:
+    """It is the one that prints; the others' end would be its own."""
+    done = torchrun(2, "trace", "--nonsense", program=(str(VICTIM),), VICTIM="0:late::2")
+    assert done.err.count("No such option: --nonsense") == 1, done.err
+    assert "error: " not in done.err
+    assert (done.code, done.out) == (1, "")  # torchrun's
+    assert "(exitcode: 2)" in done.err
+
+
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = find_launch(RIGHT)
     assert launch is not None

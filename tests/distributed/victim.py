@@ -1,5 +1,8 @@
 """``v4surgery`` with an accident on one rank: VICTIM=<rank>:<what>:<place>:<count>.
 
+The rank may come ``late``, by ``count`` seconds, to all or to its ``report``; or it is ``hasty``:
+between the tries of a read from the Hub it hardly waits, and the Hub sees which rank asks.
+
 After ``count`` chunks of a slice (place ``chunk``) or blocks of a forward (``block``) the rank is
 killed (``kill``), finds its disk full (``full``), or meets bytes that it cannot read (``unread``).
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from typing import Any
 
 rank, what, place, count = os.environ.get("VICTIM", "-1:::0").split(":")
@@ -42,8 +46,23 @@ def before(owner: Any, name: str) -> None:
     setattr(owner, name, wrapped)
 
 
+os.environ["HF_HUB_USER_AGENT_ORIGIN"] = "rank-" + os.environ["RANK"]
 if os.environ["RANK"] == rank:
-    if place == "chunk":
+    if what == "late" and place == "report":
+        from v4surgery.validation import report
+
+        write = report.write_report
+        report.write_report = lambda *args: (time.sleep(left), write(*args))[1]
+    elif what == "late":
+        time.sleep(left)
+    elif what == "hasty":
+        from functools import partial
+
+        from v4surgery.checkpoint import remote
+        from v4surgery.checkpoint.patience import Patience
+
+        remote.Patience = partial(Patience, wait=lambda wake, _: wake.wait(0.05))  # type: ignore[misc,assignment]
+    elif place == "chunk":
         from v4surgery.checkpoint.shard import OutputFile
 
         before(OutputFile, "append")

@@ -97,6 +97,8 @@ def main(args: list[str] | None = None) -> NoReturn:
                 "interrupted: synth, slice, convert and push go on from here when run again",
                 err=True,
             )
+        if session is not None and isinstance(stop.code, int) and stop.code:
+            session.leave(stop.code)
         raise
     except Exception as error:
         code = error.exit_code if isinstance(error, V4SurgeryError) else 1

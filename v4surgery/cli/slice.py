@@ -72,24 +72,22 @@ def run(
             summary = plan_verb.look(checkpoint, loaded)
             print_json(summary) if output.as_json else plan_verb.show(summary)
             return
-        plan = api.plan(checkpoint, loaded)
-        summary = summarize_plan(plan)
-        total = sum(shard.payload_bytes for shard in plan.shards) + plan.bases.nbytes
-        began = time.monotonic()
-        with (
-            writing_ranks(device) as (team, place),
-            progress_bar(total, f"slice {loaded.name}", quiet=output.quiet) as progress,
-        ):
-            replica = api.slice(
-                plan,
-                target,
-                workers=reading.max_workers,
-                memory_bytes=memory_bytes,
-                device=place,
-                progress=progress,
-                team=team,
-            )
-        seconds = time.monotonic() - began
+        with writing_ranks(device) as (team, place):
+            plan = api.plan(checkpoint, loaded, team=team)
+            summary = summarize_plan(plan)
+            total = sum(shard.payload_bytes for shard in plan.shards) + plan.bases.nbytes
+            began = time.monotonic()
+            with progress_bar(total, f"slice {loaded.name}", quiet=output.quiet) as progress:
+                replica = api.slice(
+                    plan,
+                    target,
+                    workers=reading.max_workers,
+                    memory_bytes=memory_bytes,
+                    device=place,
+                    progress=progress,
+                    team=team,
+                )
+            seconds = time.monotonic() - began
     written = replica.written
     if output.as_json:
         print_json(

@@ -90,8 +90,9 @@ def run(
                 options=replace(options, team=team),
                 progress=(lambda _: advance(1)) if advance else None,
             )
-    is_heard = team is None or team.is_first
-    files = write_report(found, report) if report is not None and is_heard else []
+        # Here the others wait: a rank that fails ends them all.
+        is_heard = team is None or team.is_first
+        files = write_report(found, report) if report is not None and is_heard else []
     if as_json:
         print_json(found.to_json())
     else:

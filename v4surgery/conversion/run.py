@@ -20,6 +20,7 @@ from v4surgery.checkpoint.job import WriteResult
 from v4surgery.checkpoint.official import SCALES_FILE
 from v4surgery.checkpoint.reader import CONFIG_FILE, Checkpoint
 from v4surgery.conversion.official import MAX_RANKS, OfficialPlan, plan_official, write_official
+from v4surgery.distributed.parent import require_same
 from v4surgery.errors import UsageError
 from v4surgery.recipes.schema import Recipe
 from v4surgery.slicers.apply import WriteOptions, slice_plan
@@ -146,6 +147,7 @@ def run_conversion(conversion: Conversion, out: Path, options: WriteOptions) -> 
     """
     plan = conversion.plan
     if isinstance(plan, OfficialPlan):
+        require_same(options.team, plan.parent)
         written, report = write_official(plan, out, options, nonfinite=conversion.nonfinite)
         return Converted(out, conversion, written, report)
     replica = slice_plan(plan, out, options)

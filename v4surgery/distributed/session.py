@@ -56,6 +56,16 @@ class Session:
             self._report(error)
         self._exit(code)
 
+    def leave(self, code: int) -> NoReturn:
+        """End as all ranks do, with what the first one has printed: a usage error, for one."""
+        with contextlib.suppress(Exception):
+            store = self._connect()
+            if self.launch.rank:  # torchrun would end the first one before it has said so
+                store.wait([_FAILURES], _PATIENCE)
+            else:
+                store.add(_FAILURES, 1)
+        self._exit(code)
+
     def _await_end(self) -> None:
         pulse, found = Pulse(self.launch.node, self.launch.nodes), None
         while signal.sigtimedwait({signal.SIGTERM}, PERIOD) is None:

@@ -12,6 +12,7 @@ import torch
 from blake3 import blake3
 
 from v4surgery.checkpoint.reader import Checkpoint
+from v4surgery.distributed.parent import require_same
 from v4surgery.errors import UsageError
 from v4surgery.importance.names import AXES, MOMENTS, check_axes
 from v4surgery.importance.scorer import Scorer
@@ -81,6 +82,7 @@ def score_parent(
     Raises:
         UsageError: No prompts, or such that the model cannot run; no axes, or unknown ones.
         OutputError: Something else stands at ``out``, or a score is not finite.
+        CheckpointError: The ranks have opened different parents.
     """
     if not prompts or not (axes or second_moments):
         what = "axes" if prompts else "prompts"
@@ -91,6 +93,7 @@ def score_parent(
         check_ids(ids, parent.config, f"prompt {number}")
     numerics = numerics or Numerics()
     team = None if options is None else options.team
+    require_same(team, parent)
     writer = ScoresWriter(out) if team is None or team.is_first else None
 
     def write(totals: Totals) -> None:

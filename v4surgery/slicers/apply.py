@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from v4surgery.checkpoint.folder import LocalFolder
 from v4surgery.checkpoint.job import Job, WriteResult
 from v4surgery.checkpoint.layout import ShardLayout
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.checkpoint.writer import write_checkpoint
+from v4surgery.distributed.parent import require_same
 from v4surgery.recipes import dump_recipe
 from v4surgery.slicers.basis_file import BasisFile
 from v4surgery.slicers.decoding import Decoder, find_decoder
@@ -117,7 +119,9 @@ def slice_plan(plan: Plan, out: Path, options: WriteOptions) -> Replica:
     Raises:
         OutputError: The folder is not ours, in use, or the disk is too small.
         ReadError: The parent could not be read, or changed meanwhile.
+        CheckpointError: The ranks have opened different parents.
     """
+    require_same(options.team, plan.parent)
     jobs = make_jobs(plan, options.device)
     companions = companion_files(plan)
     bases: BasisFile | None = None
@@ -125,7 +129,10 @@ def slice_plan(plan: Plan, out: Path, options: WriteOptions) -> Replica:
     def prepare() -> None:
         nonlocal bases
         if plan.bases:
-            bases = prepare_bases(plan, out, options.progress)
+            if options.team is None or options.team.is_first:
+                bases = prepare_bases(plan, out, options.progress)
+            else:
+                bases = BasisFile(LocalFolder(out), plan.bases)
             opened.callback(bases.close)
             for job in jobs:
                 if isinstance(job, EditJob):

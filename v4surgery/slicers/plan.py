@@ -27,6 +27,8 @@ from v4surgery.checkpoint.header import build_header
 from v4surgery.checkpoint.layout import OutputTensor, ShardLayout, pack
 from v4surgery.checkpoint.reader import Checkpoint, row_segments
 from v4surgery.config import V4Config
+from v4surgery.distributed.parent import require_same
+from v4surgery.distributed.team import Team
 from v4surgery.recipes.schema import Recipe
 from v4surgery.slicers.bases import (
     Bases,
@@ -176,13 +178,22 @@ class Plan:
         return found
 
 
-def make_plan(parent: Checkpoint, recipe: Recipe) -> Plan:
+def make_plan(parent: Checkpoint, recipe: Recipe, team: Team | None = None) -> Plan:
     """Choose what to keep, and plan every tensor of the replica.
+
+    Of several ranks the first one chooses, which may read every weight, and tells the others.
 
     Raises:
         PlanError: The recipe cannot be applied to this parent.
+        CheckpointError: The ranks have opened different parents.
     """
-    selected = select(parent, recipe)
+    if team is None:
+        selected = select(parent, recipe)
+    else:
+        require_same(team, parent)
+        chosen = team.tell(select(parent, recipe) if team.is_first else None)
+        assert chosen is not None
+        selected = chosen
     resolved = recipe.model_copy(update={"scores_blake3": selected.scores_blake3})
     return plan_selected(parent, resolved, selected)
 

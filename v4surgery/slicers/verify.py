@@ -25,6 +25,7 @@ from blake3 import blake3
 from v4surgery.checkpoint.layout import OutputTensor
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.checkpoint.refs import TensorRef
+from v4surgery.distributed.parent import require_same
 from v4surgery.errors import UsageError
 from v4surgery.slicers.apply import companion_files, long_spans, make_jobs
 from v4surgery.slicers.basis_file import BASES_FILE, BasisFile
@@ -104,7 +105,10 @@ def verify_replica(
     Raises:
         UsageError: The parent is another one.
         ReadError: Bytes could not be read.
+        CheckpointError: The ranks have opened different checkpoints.
     """
+    require_same(team, replica)
+    require_same(team, parent)
     record = read_provenance(replica)
     plan = replay_replica(replica, parent)
     bases = BasisFile(replica.source, plan.bases) if plan.bases else None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from v4surgery.checkpoint.reader import Checkpoint
+from v4surgery.distributed.parent import require_same
 from v4surgery.errors import UsageError
 from v4surgery.model.numerics import Numerics
 from v4surgery.model.streaming import BlockTiming, Streamer, StreamOptions
@@ -71,12 +72,14 @@ def record_trace(
     Raises:
         UsageError: Prompts that the model cannot run.
         OutputError: The trace exists already, or cannot be written.
+        CheckpointError: The ranks have opened different checkpoints.
     """
     if not prompts:
         raise UsageError("no prompts", rule="at least one")
     for number, ids in enumerate(prompts):
         check_ids(ids, checkpoint.config, f"prompt {number}")
     team = None if options is None else options.team
+    require_same(team, checkpoint)
     # The other ranks take part in the forward and keep nothing.
     writer = TraceWriter(out, store_dtype) if team is None or team.is_first else None
     about: dict[str, Any] | None = None
