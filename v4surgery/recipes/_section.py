@@ -20,6 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from v4surgery.redact import holds_token
+
 __all__ = [
     "MAX_LAYERS",
     "Count",
@@ -34,6 +36,7 @@ __all__ = [
     "ShardBytes",
     "Share",
     "Slug",
+    "Text",
     "broken_rule",
     "is_whole",
 ]
@@ -60,13 +63,24 @@ def broken_rule(message: str, **values: object) -> PydanticCustomError:
     return PydanticCustomError("recipe_rule", message, values)
 
 
+def _public(text: str) -> str:
+    if holds_token(text):
+        raise broken_rule(
+            "must not hold a Hub token: a recipe is copied into the replica and its card"
+        )
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_public)]
+
+
 def _one_line(text: str) -> str:
     if not text.strip() or not text.isprintable():
         raise broken_rule("must be one line of printable text, not empty")
     return text
 
 
-Line = Annotated[StrictStr, AfterValidator(_one_line)]
+Line = Annotated[Text, AfterValidator(_one_line)]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -99,7 +113,7 @@ def _digest(text: str) -> str:
 
 
 Digest = Annotated[StrictStr, AfterValidator(_digest)]
-Slug = Annotated[StrictStr, AfterValidator(_slug)]
+Slug = Annotated[Text, AfterValidator(_slug)]
 ShardBytes = Annotated[StrictInt, Field(ge=1, le=2**63 - 1), BeforeValidator(_size_bytes)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictInt
 
 from v4surgery.recipes._choices import (
     ActivationPick,
@@ -41,6 +41,7 @@ from v4surgery.recipes._section import (
     ShardBytes,
     Share,
     Slug,
+    Text,
 )
 
 __all__ = [
@@ -239,7 +240,7 @@ class Recipe(Section):
     """A whole recipe: what `v4surgery plan` and `slice` do to a parent."""
 
     name: Slug = Field(description="Short name of the replica: a-z, 0-9, '.', '_', '-'.")
-    description: StrictStr = Field(default="", description="What it is for, in a sentence.")
+    description: Text = Field(default="", description="What it is for, in a sentence.")
     parent: Line | None = Field(
         default=None, description="Hub id or folder that is cut where the command names no other."
     )
