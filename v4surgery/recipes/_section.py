@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from v4surgery.config import MAX_REAL, MIN_SCALING
 from v4surgery.redact import holds_token
 
 __all__ = [
@@ -48,7 +49,7 @@ Count = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Index = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
 LayerCount = Annotated[StrictInt, Field(ge=1, le=MAX_LAYERS)]
 SeedInt = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]
-Positive = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[StrictFloat, Field(ge=MIN_SCALING, le=MAX_REAL, allow_inf_nan=False)]
 NonNegative = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[StrictFloat, Field(ge=0, le=1, allow_inf_nan=False)]
 
