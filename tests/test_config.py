@@ -298,11 +298,44 @@ BOMBS: dict[str, tuple[dict[str, Any], str]] = {
     "a list among the ratios": (edited(compress_ratios=[[0]] * 44), "compress_ratios must hold"),
     "a number for the ratios": (edited(compress_ratios=4), "must be a list of integers"),
     "NaN": (edited(routed_scaling_factor=float("nan")), "routed_scaling_factor is nan"),
-    "infinity": (edited(rope_theta=float("inf")), "rope_theta is inf, and must be a finite"),
+    "infinity": (
+        edited(rope_theta=float("inf")),
+        "rope_theta is inf, and must be a number from 0",
+    ),
     "a negative epsilon": (edited(rms_norm_eps=-1e-6), "rms_norm_eps is -1e-06"),
     "an integer too large for a float": (edited(swiglu_limit=10**400), "swiglu_limit is 1000"),
-    "NaN in yarn": (edited(rope_scaling={"factor": float("nan")}), "rope_scaling must hold"),
-    "a list in yarn": (edited(rope_scaling={"factor": [16]}), "rope_scaling must hold"),
+    "NaN in yarn": (edited(rope_scaling={"factor": float("nan")}), "rope_scaling.factor is nan"),
+    "a list in yarn": (edited(rope_scaling={"factor": [16]}), "rope_scaling.factor is [16]"),
+    **{
+        f"{name} {value}": (edited(**{name: value}), f"{name} is {value!r}, and must be {rule}")
+        for name in ("rope_theta", "compress_rope_theta")
+        for value, rule in (
+            (0, "at least 2"),
+            (0.0, "at least 2"),
+            (1.9, "at least 2"),
+            (1e-320, "at least 2"),
+            (-1, "a number from 0"),
+            (-10000.0, "a number from 0"),
+            (float("nan"), "a number from 0"),
+            (float("-inf"), "a number from 0"),
+            (1e13, "a number from 0 to 1e+12"),
+            (1e308, "a number from 0 to 1e+12"),
+        )
+    },
+    "a clamp that no float32 holds": (edited(swiglu_limit=1e308), "swiglu_limit is 1e+308"),
+    "a scale that no int64 holds": (edited(routed_scaling_factor=1e30), "routed_scaling_factor is"),
+    "a huge beta": (
+        edited(rope_scaling={"factor": 16, "beta_fast": 1e308}),
+        "rope_scaling.beta_fast is 1e+308, and must be a number from 1e-30 to 1e+12",
+    ),
+    "a tiny beta": (
+        edited(rope_scaling={"factor": 16, "beta_slow": 1e-320}),
+        "beta_slow is 1e-320",
+    ),
+    "no positions to scale": (
+        edited(rope_scaling={"factor": 16, "original_max_position_embeddings": 0}),
+        "rope_scaling.original_max_position_embeddings is 0, and must be a number from 1",
+    ),
     "heads not in groups": (edited(num_attention_heads=63), "no multiple of o_groups 8"),
     "odd rope": (edited(qk_rope_head_dim=63), "qk_rope_head_dim 63 must be even"),
     "rope larger than a head": (edited(head_dim=32), "at most head_dim 32"),

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import reprlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +76,10 @@ LIMITS = {
     "max_position_embeddings": 1 << 40,
     "hc_sinkhorn_iters": 1 << 12,
 }
+# Far beyond any V4, and no overflow: neither in float32, nor in YaRN's powers and logarithms.
+MAX_REAL = 1e12
+MIN_SCALING = 1e-30
+MIN_THETA = 2
 MAX_DRAFTERS = 16
 MAX_RATIO = 1 << 16
 # Each limit alone lets pass layers x experts that would fill the memory with names; Pro has 24,192.
@@ -204,9 +207,9 @@ class V4Config:
                 f"exceeds {MAX_EXPERTS_IN_ALL} experts in all"
             )
         found += [
-            f"{name} is {_shown.repr(theta)}, and must be more than 0"
+            f"{name} is {_shown.repr(theta)}, and must be at least {MIN_THETA}"
             for name in ("rope_theta", "compress_rope_theta")
-            if not (theta := getattr(self, name)) > 0
+            if not (theta := getattr(self, name)) >= MIN_THETA
         ]
         if self.num_attention_heads % self.o_groups:
             found.append(
@@ -440,7 +443,7 @@ def _type_problems(values: Mapping[str, Any]) -> list[str]:
     """Fields whose JSON type is wrong, before any arithmetic on them."""
     rules = {
         "int": (_is_int, "an integer"),
-        "float": (_is_size, "a finite number, 0 or more"),
+        "float": (_is_size, f"a number from 0 to {MAX_REAL:g}"),
         "bool": (lambda value: isinstance(value, bool), "true or false"),
         "str": (lambda value: isinstance(value, str), "a string"),
         "tuple[int, ...]": (lambda value: isinstance(value, tuple), "a list of integers"),
@@ -454,12 +457,20 @@ def _type_problems(values: Mapping[str, Any]) -> list[str]:
         is_right, rule = rules[str(item.type).removesuffix(" | None")]
         if not is_right(value):
             problems.append(f"{item.name} is {_shown.repr(value)}, and must be {rule}")
-    scaling = values.get("rope_scaling")
-    if scaling is not None and not all(
-        _is_size(value := getattr(scaling, item.name)) and value > 0
-        for item in dataclasses.fields(scaling)
-    ):
-        problems.append("rope_scaling must hold positive numbers")
+    return problems + _scaling_problems(values.get("rope_scaling"))
+
+
+def _scaling_problems(scaling: RopeScaling | None) -> list[str]:
+    if scaling is None:
+        return []
+    problems = []
+    for name, value in vars(scaling).items():
+        lowest = 1 if name == "original_max_position_embeddings" else MIN_SCALING
+        if not _is_size(value) or value < lowest:
+            problems.append(
+                f"rope_scaling.{name} is {_shown.repr(value)}, and must be a number "
+                f"from {lowest:g} to {MAX_REAL:g}"
+            )
     return problems
 
 
@@ -472,9 +483,9 @@ def _nests_deeper(value: Any, levels: int) -> bool:
 
 
 def _is_size(value: object) -> bool:
-    """Whether a number is finite (NaN compares false), 0 or more, and no bool."""
+    """Whether it is a number (NaN compares false) from 0 to MAX_REAL, and no bool."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and 0 <= value <= sys.float_info.max  # type: ignore[operator]
+    return is_number and 0 <= value <= MAX_REAL  # type: ignore[operator]
 
 
 def _is_int(value: object) -> bool:

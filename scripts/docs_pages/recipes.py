@@ -201,7 +201,8 @@ def words(option: Mapping[str, Any]) -> str:
         return f"{text} above {option['exclusiveMinimum']:g}"
     low, high = option.get("minimum"), option.get("maximum")
     limits = [] if low is None else [f"from {low:g}"]
-    limits += [f"to {high:g}"] if high is not None and high < BIGGEST else []
+    is_shown = high is not None and (high < BIGGEST or option["type"] == "number")
+    limits += [f"to {high:g}"] if is_shown else []
     limits += [f", a multiple of {option['multipleOf']}"] if "multipleOf" in option else []
     return " ".join([text, *limits]).replace(" ,", ",")
 

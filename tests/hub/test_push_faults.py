@@ -27,6 +27,7 @@ from tests.hub.support import (
 from tests.support.hub import LoopbackHub, on_hub, on_storage
 from tests.support.hub.write import Writes
 
+OTHER = "hf_SomeoneElsesThatIsSeen"
 STATUSES = [
     (401, "HTTP 401"),
     (403, "a token that may write"),
@@ -203,14 +204,14 @@ def test_a_namespace_of_others_is_told(
 def test_a_token_in_a_servers_answer_is_not_shown(
     hub: LoopbackHub, writes: Writes, cli: Run, replica: Path
 ) -> None:
-    headers = {"X-Error-Message": f"your token {TOKEN} and hf_SomeoneElses are bad"}
+    headers = {"X-Error-Message": f"your token {TOKEN} and {OTHER} are bad"}
     hub.inject("status", on_hub("/commit/"), status=403, times=None, headers=headers)
     hub.add_repo(REPO, {".gitattributes": b""})
     err = refused(cli, replica)
     assert "your token hf_*** and hf_*** are bad" in err
     debug = cli("--debug", "push", replica, REPO, "-vv")
     assert debug.code == 1 and "Traceback" in debug.err and f"{REPO}: commit" in debug.err
-    assert TOKEN not in debug.err + debug.out and "hf_SomeoneElses" not in debug.err
+    assert TOKEN not in debug.err + debug.out and OTHER not in debug.err
 
 
 def test_the_token_goes_to_the_hub_alone_and_into_no_file(

@@ -149,6 +149,9 @@ SURFACES = {
     "config, planned": Surface(
         "parent/config.json", JSON, "plan -r {0}/by.yaml -p {0}/parent --set keep.experts=1"
     ),
+    "config, computed": Surface(
+        "parent/config.json", JSON, "generate {0}/parent --ids 1,2,3 --max-new-tokens 2"
+    ),
     "index": Surface(f"parent/{INDEX}", JSON, "inspect {0}/parent"),
     "shard": Surface(f"parent/{SHARD}", HEADER, "inspect {0}/parent"),
     "weights": Surface(

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,9 @@ import pytest
 import v4surgery
 from tests.slicers.conftest import ODD, RANDOM_CUT, Cut, Cutter, Parent
 from tests.support import parents
-from v4surgery.config import V4Config
+from v4surgery.config import RopeScaling, V4Config
 from v4surgery.errors import CatalogueError, PlanError
+from v4surgery.model.rope import rope_frequencies
 from v4surgery.presets import DEMO, FLASH, PRO
 from v4surgery.recipes import load_recipe
 from v4surgery.recipes.schema import Layers
@@ -1140,3 +1142,18 @@ def test_trap_14_a_layer_more_than_the_config_says_is_refused(
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CatalogueError, match=r"unknown: layers\.6\."):
         v4surgery.open(path)
+
+
+@pytest.mark.parametrize("theta", [2, 1e12])
+@pytest.mark.parametrize("beta", [1e-30, 1e12])
+@pytest.mark.parametrize("positions", [1, 10**12])
+def test_rope_is_computed_up_to_its_limits(theta: float, beta: float, positions: int) -> None:
+    """What the config's rules let pass has frequencies, and so have the replicas cut from it."""
+    scaling = RopeScaling(beta, positions, beta, beta)
+    values = {"rope_theta": theta, "compress_rope_theta": theta, "rope_scaling": asdict(scaling)}
+    config = V4Config.from_dict({**FLASH.to_dict(), **values})
+    for dims in (64, 16):
+        cut = cut_rope(config, dims, allow_mismatch=False).scaling
+        made = V4Config.from_dict(config.replace(qk_rope_head_dim=dims, rope_scaling=cut).to_dict())
+        for ratio in (0, 4):
+            assert rope_frequencies(made, ratio).isfinite().all()

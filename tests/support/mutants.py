@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 NASTY_VALUES: list[Any] = [
-    *(None, True, False, 0, 1, -1, 2, 7, 1.5, -0.0, 1e999, 2**31, 2**63, 2**64, 10**30),
+    *(None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 2**64, 10**30),
+    *(1.5, -0.0, 1e-320, 1e308, 1e999),
     *("", "a", "0", "../../x", "/etc/passwd", "\0", "\ud800", "\x1b[2J", "x" * 2000, "same"),
     *([], {}, [[]], [0], [0, 0], [-1], [None], ["a"], {"a": 1}, {"": []}, [1] * 300),
 ]

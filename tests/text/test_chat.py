@@ -230,7 +230,11 @@ def test_a_parents_own_template_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b'{"added_tokens": [1, {"content": "<think>"}]}']
+    "content",
+    [
+        *(b"", b"[]", b"{}", b'{"added_tokens": [1, {"content": "<think>"}]}'),
+        b'{"added_tokens": [{"content": []}, {"content": {}}]}',
+    ],
 )
 def test_another_tokenizer_gets_no_template(content: bytes) -> None:
     assert not needs_template({"tokenizer.json": content})

@@ -35,6 +35,7 @@ from v4surgery.checkpoint.patience import (
     asked_wait,
 )
 from v4surgery.errors import CheckpointError, UsageError
+from v4surgery.redact import without_tokens
 from v4surgery.version import __version__
 
 logger = logging.getLogger("v4surgery.hub")
@@ -107,7 +108,7 @@ class HubHttp:
     def clean(self, text: object) -> str:
         """A stranger's text for a message: one line, cut, and without the token."""
         line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-        return (line.replace(self._secret, "***") if self._secret else line)[:300]
+        return without_tokens(line, (self._secret,) if self._secret else ())[:300]
 
     def retrying(self, where: str, once: Callable[[Attempts], T]) -> T:
         """What ``once`` returns, called again after each Transient."""

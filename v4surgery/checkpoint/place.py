@@ -10,6 +10,7 @@ from v4surgery.checkpoint.folder import LocalFolder
 from v4surgery.checkpoint.source import Source
 from v4surgery.errors import CheckpointError, UsageError
 from v4surgery.parents import parent_folder
+from v4surgery.redact import refuse_token
 
 # How the Hub writes a repository, and the project a revision of it.
 _REPOSITORY = re.compile(r"(?P<repo>(?P<org>\w[\w.-]*)/\w[\w.-]*)(?:@(?P<revision>[^@]+))?")
@@ -34,7 +35,7 @@ def open_source(
         workers: Threads that fetch headers.
 
     Raises:
-        UsageError: A revision of a folder, two revisions, or not the name of a repository.
+        UsageError: A revision of a folder, two revisions, or a token in either.
         CheckpointError: No such folder or repository, or one that may not be read.
     """
     found = _REPOSITORY.fullmatch(os.fspath(path))
@@ -49,6 +50,7 @@ def open_source(
             )
         boxed = None if os.path.lexists(path) else parent_folder(path)
         return LocalFolder(boxed or Path(path))
+    refuse_token(f"{path}@{revision}", where="the name of a repository, or its revision")
     named = found["revision"]
     if revision is not None and named is not None and revision != named:
         raise UsageError(

@@ -6,10 +6,7 @@ result; progress, warnings and errors go to stderr.
 
 from __future__ import annotations
 
-import os
-import re
 import sys
-from itertools import pairwise
 from typing import Annotated, NoReturn
 
 import typer
@@ -33,9 +30,9 @@ from v4surgery.cli import (
 )
 from v4surgery.distributed.session import Session, begin_session
 from v4surgery.errors import V4SurgeryError
+from v4surgery.redact import clean_streams
 
 INTERRUPTED = 130
-_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
 
 app = typer.Typer(
     name="v4surgery",
@@ -87,6 +84,11 @@ def _root(
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     arguments = sys.argv[1:] if args is None else args
+    with clean_streams(arguments):
+        _run(arguments)
+
+
+def _run(arguments: list[str]) -> NoReturn:
     session: Session | None = None
     try:
         session = begin_session(arguments, lambda error: _report(error, arguments))
@@ -120,14 +122,4 @@ def _report(error: Exception, arguments: list[str]) -> None:
             f"error: unexpected {type(error).__name__}: {error}\n"
             "  next: run it again with `v4surgery --debug ...` and report the traceback"
         )
-    typer.echo(_without_tokens(text, arguments), err=True)
-
-
-def _without_tokens(text: str, arguments: list[str]) -> str:
-    """The last resort: an exception of a library may quote the header that it choked on."""
-    words = [word for word in arguments if word.startswith("--token=")]
-    given = [word.removeprefix("--token=") for word in words]
-    given += [b for a, b in pairwise(arguments) if a == "--token"]
-    for token in filter(None, (os.environ.get("HF_TOKEN"), *given)):
-        text = text.replace(token, "hf_***")
-    return _TOKEN.sub("hf_***", text)
+    typer.echo(text, err=True)

@@ -22,6 +22,7 @@ from v4surgery.hub.markdown import bullets, fenced, plain, table
 from v4surgery.hub.serving import loading_notes
 from v4surgery.presets import PRESETS
 from v4surgery.recipes import Recipe
+from v4surgery.redact import without_tokens
 from v4surgery.slicers.edit import TRANSFORMS
 from v4surgery.slicers.lineage import CARD_FILE, license_fields, without_front_matter
 from v4surgery.slicers.provenance import PROVENANCE_FILE, RECIPE_FILE, read_provenance, read_recipe
@@ -147,7 +148,8 @@ def make_card(replica: Checkpoint, repo_id: str | None = None) -> str:
             rule="v4surgery.json as `v4surgery slice` writes it",
             hint="slice it again into another folder",
         ) from None
-    return f"---\n{head}---\n\n{MARKER}\n\n# {plain(name.rpartition('/')[2])}\n\n{body}\n"
+    title = plain(name.rpartition("/")[2])
+    return without_tokens(f"---\n{head}---\n\n{MARKER}\n\n# {title}\n\n{body}\n")
 
 
 def is_generated(text: str) -> bool:

@@ -6,8 +6,6 @@ is told in our words, without what looks like one, and is not chained to ours.
 
 from __future__ import annotations
 
-import re
-
 from huggingface_hub.errors import (
     HfHubHTTPError,
     OfflineModeIsEnabled,
@@ -17,9 +15,9 @@ from huggingface_hub.errors import (
 
 from v4surgery.checkpoint.patience import RETRIED_STATUSES, Transient, asked_wait
 from v4surgery.errors import HubError
+from v4surgery.redact import without_tokens
 
 CONFLICTS = (409, 412)
-_TOKEN = re.compile(r"\bhf_\w+|\bapi_org_\w+")
 _MAX_REASON = 500
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _AGAIN = "run the same command again: what is up stays up"
@@ -58,15 +56,10 @@ def explained(what: str, where: str, error: BaseException, token: str | None) ->
     return HubError(
         f"the Hub did not {what}",
         where=where,
-        value=without_tokens(" ".join(reason.split()), token)[:_MAX_REASON],
+        value=without_tokens(" ".join(reason.split()), (token,) if token else ())[:_MAX_REASON],
         rule=rule,
         hint=hint,
     )
-
-
-def without_tokens(text: str, token: str | None) -> str:
-    """The text without this token, nor anything else that looks like one."""
-    return _TOKEN.sub("hf_***", text.replace(token, "hf_***") if token else text)
 
 
 def _advice(error: BaseException, status: int | None, *, has_token: bool) -> tuple[str | None, str]:
@@ -93,4 +86,4 @@ def _advice(error: BaseException, status: int | None, *, has_token: bool) -> tup
     return None, _AGAIN
 
 
-__all__ = ["CONFLICTS", "cause_of", "explained", "status_of", "transient_of", "without_tokens"]
+__all__ = ["CONFLICTS", "cause_of", "explained", "status_of", "transient_of"]

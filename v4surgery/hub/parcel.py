@@ -12,6 +12,7 @@ from v4surgery.checkpoint.journal import WORK_DIR
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.errors import UsageError, VerificationFailed
 from v4surgery.hub.card import VALIDATION_FILE, card_of, is_empty
+from v4surgery.redact import refuse_token
 from v4surgery.slicers.lineage import CARD_FILE
 from v4surgery.slicers.verified import (
     VERIFIED_FILE,
@@ -22,6 +23,7 @@ from v4surgery.slicers.verified import (
 )
 
 _READ_BYTES = 4 << 20
+_TEXTS = (".json", ".jinja", ".md", ".txt", ".yaml")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def pack_replica(
         progress: Called with bytes as they are hashed.
 
     Raises:
-        UsageError: It may not be sent: not on disk, unfinished, not verified, or no card.
+        UsageError: It may not be sent: not on disk, unfinished, not verified, no card, or with a
+            token in one of its texts.
         VerificationFailed: It is not, byte for byte, what verify passed on.
         CheckpointError: It is no replica, or it cannot be read.
     """
@@ -94,11 +97,15 @@ def pack_replica(
             hint="write it, or delete the file: push makes one",
         )
     names = replica_files(replica)
+    reports = [name for name in (VERIFIED_FILE, VALIDATION_FILE) if name in _listed(replica)]
+    refuse_token(card, where=folder / CARD_FILE)
+    for name in (*names, *reports):
+        if name.endswith(_TEXTS):
+            refuse_token(replica.read_file(name).decode(errors="replace"), where=folder / name)
     digests = hash_files(replica.source, names, workers=workers, sha256=True, progress=progress)
     reason = unverified(replica, digests)
     if reason is not None and not force:
         raise _not_verified(replica, folder, reason)
-    reports = [name for name in (VERIFIED_FILE, VALIDATION_FILE) if name in _listed(replica)]
     digests |= hash_files(replica.source, reports, workers=workers, sha256=True)
     items = [
         Item(name, replica.source.size(name), found.sha256, folder / name)

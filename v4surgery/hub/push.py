@@ -24,6 +24,7 @@ from v4surgery.errors import HubError, OutputError, UsageError
 from v4surgery.hub.card import is_generated
 from v4surgery.hub.client import Committed, Hub, Remote, RemoteFile, adding
 from v4surgery.hub.parcel import Item, Parcel
+from v4surgery.redact import refuse_token
 from v4surgery.slicers.lineage import CARD_FILE
 from v4surgery.slicers.provenance import PROVENANCE_FILE, read_provenance
 
@@ -54,6 +55,8 @@ class Destination:
     message: str | None = None
 
     def __post_init__(self) -> None:
+        refuse_token(f"{self.repo_id}@{self.revision}", where="REPO_ID, or --revision")
+        refuse_token(self.message, where="--commit-message")
         if not _REPO_ID.fullmatch(self.repo_id) or ".." in self.repo_id or "--" in self.repo_id:
             raise UsageError(
                 "not the name of a repository",

@@ -20,6 +20,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from v4surgery.config import MAX_REAL, MIN_SCALING
+from v4surgery.redact import holds_token
+
 __all__ = [
     "MAX_LAYERS",
     "Count",
@@ -34,6 +37,7 @@ __all__ = [
     "ShardBytes",
     "Share",
     "Slug",
+    "Text",
     "broken_rule",
     "is_whole",
 ]
@@ -45,7 +49,7 @@ Count = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Index = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
 LayerCount = Annotated[StrictInt, Field(ge=1, le=MAX_LAYERS)]
 SeedInt = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]
-Positive = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[StrictFloat, Field(ge=MIN_SCALING, le=MAX_REAL, allow_inf_nan=False)]
 NonNegative = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[StrictFloat, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -60,13 +64,24 @@ def broken_rule(message: str, **values: object) -> PydanticCustomError:
     return PydanticCustomError("recipe_rule", message, values)
 
 
+def _public(text: str) -> str:
+    if holds_token(text):
+        raise broken_rule(
+            "must not hold a Hub token: a recipe is copied into the replica and its card"
+        )
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_public)]
+
+
 def _one_line(text: str) -> str:
     if not text.strip() or not text.isprintable():
         raise broken_rule("must be one line of printable text, not empty")
     return text
 
 
-Line = Annotated[StrictStr, AfterValidator(_one_line)]
+Line = Annotated[Text, AfterValidator(_one_line)]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -99,7 +114,7 @@ def _digest(text: str) -> str:
 
 
 Digest = Annotated[StrictStr, AfterValidator(_digest)]
-Slug = Annotated[StrictStr, AfterValidator(_slug)]
+Slug = Annotated[Text, AfterValidator(_slug)]
 ShardBytes = Annotated[StrictInt, Field(ge=1, le=2**63 - 1), BeforeValidator(_size_bytes)]
 
 

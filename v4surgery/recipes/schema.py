@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictInt
 
 from v4surgery.recipes._layers import Layers
 from v4surgery.recipes._picks import (
@@ -37,6 +37,7 @@ from v4surgery.recipes._section import (
     ShardBytes,
     Share,
     Slug,
+    Text,
 )
 from v4surgery.recipes._ways import By, LayersBy, is_score, listed_ways
 
@@ -236,7 +237,7 @@ class Recipe(Section):
     """A whole recipe: what `v4surgery plan` and `slice` do to a parent."""
 
     name: Slug = Field(description="Short name of the replica: a-z, 0-9, '.', '_', '-'.")
-    description: StrictStr = Field(default="", description="What it is for, in a sentence.")
+    description: Text = Field(default="", description="What it is for, in a sentence.")
     parent: Line | None = Field(
         default=None, description="Hub id or folder that is cut where the command names no other."
     )

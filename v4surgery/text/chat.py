@@ -110,8 +110,8 @@ def needs_template(companions: Mapping[str, bytes]) -> bool:
     added = _parsed(companions["tokenizer.json"]).get("added_tokens")
     if settings.get("chat_template") or not isinstance(added, list):
         return False
-    known = {token.get("content") for token in added if isinstance(token, dict)}
-    return known.issuperset(MARKS)
+    known = [token.get("content") for token in added if isinstance(token, dict)]
+    return all(mark in known for mark in MARKS)
 
 
 def _checked(message: Message, where: str) -> _Turn:

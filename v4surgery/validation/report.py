@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from v4surgery.errors import OutputError
+from v4surgery.redact import known_tokens, without_tokens
 from v4surgery.slicers.edit import TRANSFORMS
 from v4surgery.validation.behaviour import BLOCK_TAPS, FREE, TAUGHT, LayerBehaviour
 from v4surgery.validation.charts import (
@@ -44,11 +45,12 @@ def write_report(found: Validation, folder: Path) -> list[Path]:
     """
     text = json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n"
     contents = {HTML_FILE: render_report(found), JSON_FILE: text}
+    known = known_tokens()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             part = folder / f"{name}.part"
-            part.write_text(content, encoding="utf-8")
+            part.write_text(without_tokens(content, known), encoding="utf-8")
             os.replace(part, folder / name)  # noqa: PTH105 - atomic on every platform
     except OSError as error:
         raise OutputError(
