@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tests.support.parents import write_small_parent
 from v4surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from v4surgery.checkpoint.refs import TensorRef
-from v4surgery.errors import UsageError
+from v4surgery.errors import ReadError, UsageError
 from v4surgery.model.loader import load_model
 from v4surgery.model.numerics import Numerics
 from v4surgery.model.ranges import RangeLoader, lay_out, tensor_refs
@@ -107,6 +108,26 @@ def test_a_prompt_beyond_the_activation_budget_is_refused(parent: Checkpoint) ->
         pytest.raises(UsageError, match="does not fit the memory for activations"),
     ):
         streamer.run(prompts(parent, 50))
+
+
+def test_an_error_does_not_wait_for_what_is_read(
+    parent: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that does not answer holds readers for long, unless they are cancelled."""
+    cancelled = threading.Event()
+
+    def wait(*_: object) -> None:
+        if not cancelled.wait(30):
+            pytest.fail("nobody cancelled")
+        raise ReadError("cancelled")
+
+    monkeypatch.setattr(parent.source, "read_into", wait)
+    monkeypatch.setattr(parent.source, "cancel", cancelled.set)
+    with pytest.raises(UsageError, match="stop"), Streamer(parent, Numerics()) as streamer:
+        block = parent.catalogue.blocks[0]
+        read = streamer.background.submit(streamer.load_block, block, experts_ahead=True)
+        raise UsageError("stop")
+    assert isinstance(read.exception(), ReadError)
 
 
 def test_an_unknown_place_for_activations_is_refused() -> None:

@@ -129,7 +129,9 @@ class Streamer:
     def __enter__(self) -> Streamer:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.checkpoint.source.cancel()  # readers may be waiting for a server
         self.close()
 
     @torch.no_grad()
