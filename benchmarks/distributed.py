@@ -232,7 +232,7 @@ class Bench:
         }
 
     def resident(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """All layers on the devices: streams stay there, or go to the host between layers."""
+        """All layers on the devices."""
         rows = torch.tensor([self.ids(checkpoint)])
         with self.streamer(checkpoint) as streamer:
             blocks = [streamer.load_block(s, experts_ahead=True) for s in trunk(checkpoint)]
@@ -240,24 +240,18 @@ class Bench:
             ids, start = rows.to(self.device), start.to(self.device)
             last: list[Tensor] = []
 
-            def forward(place: torch.device) -> None:
+            def forward() -> None:
                 h = start
                 for block in blocks:
-                    h = streamer.run_block(block, h, ids).to(place)
+                    h = streamer.run_block(block, h, ids)
                 last[:] = [h]
 
-            forward(self.device)
-            host = torch.device("cpu")
-            on_device = [self.timed(lambda: forward(self.device)) for _ in range(5)]
-            by_host = [self.timed(lambda: forward(host)) for _ in range(3)]
-            experts = self.expert_seconds(blocks, lambda: forward(self.device))
+            forward()
+            seconds = [self.timed(forward) for _ in range(5)]
+            experts = self.expert_seconds(blocks, forward)
         if self.is_first:
             save_file({"x": last[0].cpu().contiguous()}, self.kept("streams"))
-        return {
-            "seconds": rounded(on_device),
-            "by_host_s": rounded(by_host),
-            "experts_s": round(experts, 4),
-        }
+        return {"seconds": rounded(seconds), "experts_s": round(experts, 4)}
 
     def expert_seconds(self, blocks: list[Block], forward: Callable[[], None]) -> float:
         """Seconds of all routed experts in one forward: of the part less its shared expert."""
@@ -381,7 +375,7 @@ def predict(case: str, one: dict[str, Any], many: dict[str, Any], ranks: int) ->
     work, resident = Work(**one["work"]), one["resident"]
     kind, _, setting = case.partition(" ")
     is_streamed = kind == "streamed"
-    whole = best_of(resident["by_host_s" if is_streamed else "seconds"]) / work.layers
+    whole = best_of(resident["seconds"]) / work.layers
     experts = resident["experts_s"] / work.layers
     reads = [result[f"read {setting}"]["bytes_per_s"] for result in (one, many) if is_streamed]
     rates = Rates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -58,6 +59,38 @@ def torchrun() -> Torchrun:
 
 def launcher(*options: object) -> list[object]:
     return [sys.executable, "-m", "torch.distributed.run", *options]
+
+
+def two_machines(
+    ranks: int, *args: object, program: tuple[str, ...] = MODULE, **environment: str
+) -> list[subprocess.Popen[str]]:
+    """Two torchruns that meet, with so many ranks each."""
+    place = f"--rdzv-endpoint=localhost:{free_port()}"
+    options = ["--nnodes=2", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d", "--rdzv-id=pair"]
+    command = list(map(str, [*launcher(*options, place), *program, *args]))
+    return [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=rank_environment() | environment,
+        )
+        for _ in range(2)
+    ]
+
+
+def outputs(machines: list[subprocess.Popen[str]]) -> list[str]:
+    """What was printed where something was, by machines that end well."""
+    ends = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], ends
+    return [out for out, _ in ends if out]
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        return int(taken.getsockname()[1])
 
 
 def rank_environment() -> dict[str, str]:

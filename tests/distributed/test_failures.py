@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.distributed.conftest import (
-    MODULE,
     VICTIM,
     Torchrun,
     alone,
-    launcher,
-    rank_environment,
+    outputs,
+    two_machines,
 )
 from tests.distributed.test_forward import require_equal
 from tests.distributed.test_shares import team_of
@@ -102,7 +103,7 @@ def test_the_command_line_says_what_is_wrong_with_the_variables(
 
 
 def test_a_machine_that_falls_silent_is_found() -> None:
-    """Counters as in the store: one that moves lives, one that never moved has not begun."""
+    """Counters as in the store: one that moves lives, one that never moves does not."""
 
     class Store(dict[str, int]):
         def add(self, key: str, amount: int, /) -> int:
@@ -110,13 +111,17 @@ def test_a_machine_that_falls_silent_is_found() -> None:
             return self[key]
 
     store = Store()
-    first, second = Pulse(0, 3), Pulse(1, 3)
+    first, second = Pulse(0, 2), Pulse(1, 2)
     for now in range(0, 100, 2):
         assert first.find_lost(store, now) is None
         assert second.find_lost(store, now) is None
     assert first.find_lost(store, 100) is None
-    assert first.find_lost(store, 98 + PATIENCE) is None
+    assert first.find_lost(store, 100 + PATIENCE) is None
     assert first.find_lost(store, 101 + PATIENCE) == 1
+    never = Pulse(0, 3)
+    assert never.find_lost(Store(), 0) is None
+    assert never.find_lost(Store(), PATIENCE) is None
+    assert never.find_lost(Store(), PATIENCE + 1) == 1
     assert PATIENCE + PERIOD < 30
 
 
@@ -172,28 +177,42 @@ def test_the_masked_parent_is_refused(parent: Path, replica: Path) -> None:
 
 
 def test_two_machines_with_two_ranks_each(parent: Path, tmp_path: Path) -> None:
-    """Two torchruns that meet: dense weights go between machines, then within them."""
+    """Dense weights go between machines, then within them."""
     one, four = tmp_path / "one", tmp_path / "four"
-    arguments = ["trace", str(parent), "--ids", "1,2,3,4,5,6,7,8", "--taps", "all", "-q", "--out"]
+    arguments = ["trace", parent, "--ids", "1,2,3,4,5,6,7,8", "--taps", "all", "-q", "--out"]
     alone(*arguments, one)
-    place = f"--rdzv-endpoint=localhost:{free_port()}"
-    options = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-id=pair", place]
-    command = [*map(str, launcher(*options)), *MODULE, *arguments, str(four)]
-    machines = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=rank_environment()
-        )
-        for _ in range(2)
-    ]
-    ends = [machine.communicate(timeout=120) for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], ends
-    assert len([out for out, _ in ends if out]) == 1
+    assert len(outputs(two_machines(2, *arguments, four))) == 1
     require_equal(one, four)
 
 
-def free_port() -> int:
-    import socket
+def test_a_machine_that_hangs_ends_the_other(parent: Path, tmp_path: Path) -> None:
+    """Its connections stay open, so only the pulse tells; the hung one is ended by hand."""
+    arguments = ("trace", parent, "--ids", "1,2,3", "--out", tmp_path / "trace")
+    machines = two_machines(1, *arguments, program=(str(VICTIM),), VICTIM="1:stop:block:2")
+    began = time.monotonic()
+    try:
+        while all(machine.poll() is None for machine in machines):
+            assert time.monotonic() - began < 60
+            time.sleep(0.1)
+        seconds = time.monotonic() - began
+    finally:
+        for process in [child for m in machines for child in family(m.pid)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    (err,) = [
+        err
+        for machine, (_, err) in zip(machines, [m.communicate() for m in machines], strict=True)
+        if machine.returncode == 1
+    ]
+    assert err.count("error: a process of this run was lost") == 1, err
+    assert "machine 1 is silent" in err
+    assert PATIENCE < seconds < PATIENCE + 25  # to start, to compute two blocks, and to end
+    assert not (tmp_path / "trace").exists()
 
-    with socket.socket() as taken:
-        taken.bind(("localhost", 0))
-        return int(taken.getsockname()[1])
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process with all of its children; none if it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    return []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.conftest import MODULE, VICTIM, Torchrun, alone
+from tests.distributed.conftest import MODULE, VICTIM, Torchrun, alone, outputs, two_machines
 from tests.distributed.test_forward import PROMPTS, SCORES, require_equal, write_prompts
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +44,15 @@ def test_scores_are_equal(
     done = torchrun(2, *arguments, two, program=(str(VICTIM),), **gpus)
     assert done.code == 0, done.err
     require_equal(one, two, SCORES)
+
+
+def test_two_machines_with_two_ranks_each(parent: Path, tmp_path: Path) -> None:
+    """Dense weights go between machines, then within them; all ranks are on the first GPU."""
+    one, four = tmp_path / "one", tmp_path / "four"
+    arguments = ("trace", parent, "--ids", IDS, "--taps", "all", "--device", "cuda", "-q", "--out")
+    alone(*arguments, one)
+    outputs(two_machines(2, *arguments, four, program=(str(VICTIM),), SHARED_GPU="1"))
+    require_equal(one, four)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ The rank may come ``late``, by ``count`` seconds, to all or to its ``report``; o
 between the tries of a read from the Hub it hardly waits, and the Hub sees which rank asks.
 
 After ``count`` chunks of a slice (place ``chunk``) or blocks of a forward (``block``) the rank is
-killed (``kill``), finds its disk full (``full``), or meets bytes that it cannot read (``unread``).
+killed (``kill``), hangs (``stop``), finds its disk full (``full``), or meets bytes that it cannot
+read (``unread``).
 
 With SHARED_GPU all ranks compute on the first GPU. NCCL refuses two ranks on one GPU of a host, so
 each says that it is on a host of its own, and NCCL goes through sockets.
@@ -29,6 +30,8 @@ def accident() -> None:
         return
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if what == "full":
         raise OSError(errno.ENOSPC, "No space left on device")
     from v4surgery.errors import ReadError

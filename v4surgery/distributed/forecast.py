@@ -4,11 +4,11 @@
     compute = replicated + experts / ranks + exchange
     total   = read + (layers - 1) x max(read, compute) + compute + read of the head
 
-since a layer is read while the one before it computes. A rank computes everything but the routed
-experts itself (attention, norms, the shared expert, streams to the host and back), and of those
-its share. Exchanged are each layer's dense weights (an all-gather: every rank receives what others
-read) and the experts' sums (an all-reduce of float32: 2 (n - 1) / n times their bytes). Ranks that
-share a device, as those on the cores of one machine do, compute one after the other there.
+since a layer is read while the one before it computes and exchanges. A rank computes everything but
+the routed experts itself (attention, norms, the shared expert), and of those its share. Exchanged
+are each layer's dense weights (an all-gather: every rank receives what others read) and the
+experts' sums (an all-reduce of float32: 2 (n - 1) / n times their bytes). Ranks that share a device,
+as those on the cores of one machine do, compute one after the other there.
 """
 
 from __future__ import annotations

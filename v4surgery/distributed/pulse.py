@@ -36,13 +36,13 @@ class Pulse:
     def find_lost(self, store: Counters, now: float) -> int | None:
         """Raise the own counter; a machine whose counter stood still for too long, if there is one.
 
-        A counter that never moved is of a machine that has not begun.
+        To be asked once all machines have met: one whose counter never moves is lost as well.
         """
         store.add(f"{_KEY}{self.node}", 1)
         for other in self.others:
             count = store.add(f"{_KEY}{other}", 0)
-            before, since = self._seen.get(other, (0, now))
-            if count != before or not count:
+            before, since = self._seen.get(other, (None, now))
+            if count != before:
                 self._seen[other] = count, now
             elif now - since > PATIENCE:
                 return other

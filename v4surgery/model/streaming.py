@@ -183,11 +183,12 @@ class Streamer:
             store[number] = h
         for spec, upcoming in zip(specs, [*specs[1:], None], strict=True):
             with self._timing(spec.prefix, progress):
-                block = self.timed(self.wait(fetched))
+                finish = self.wait(fetched)
                 if upcoming is not None:
-                    fetched = fetch(upcoming)
+                    fetched = fetch(upcoming)  # while ranks exchange, too
+                block = self.timed(finish)
                 self._run_prompts(block, spec.prefix, rows, store, observe)
-            del block
+            del block, finish  # before the one after the next is read
         for spec in self.drafters if drafters else ():
             with self._timing(spec.prefix, progress):
                 self._run_drafter(spec, rows, store, observe)
