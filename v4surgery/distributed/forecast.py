@@ -7,8 +7,8 @@
 since a layer is read while the one before it computes and exchanges. A rank computes everything but
 the routed experts itself (attention, norms, the shared expert), and of those its share. Exchanged
 are each layer's dense weights (an all-gather: every rank receives what others read) and the
-experts' sums (an all-reduce of float32: 2 (n - 1) / n times their bytes). Ranks that share a device,
-as those on the cores of one machine do, compute one after the other there.
+experts' sums (an all-reduce of float32: 2 (n - 1) / n times their bytes). Ranks that share a GPU,
+or the cores of one machine, compute one after the other there.
 """
 
 from __future__ import annotations
