@@ -125,7 +125,7 @@ def test_an_error_does_not_wait_for_what_is_read(
     monkeypatch.setattr(parent.source, "cancel", cancelled.set)
     with pytest.raises(UsageError, match="stop"), Streamer(parent, Numerics()) as streamer:
         block = parent.catalogue.blocks[0]
-        read = streamer.background.submit(streamer.load_block, block, experts_ahead=True)
+        read = streamer._reading.begin(lambda: streamer.load_block(block, experts_ahead=True))
         raise UsageError("stop")
     assert isinstance(read.exception(), ReadError)
 

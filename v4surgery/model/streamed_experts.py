@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from v4surgery.checkpoint.refs import StoredTensorRef, TensorRef
+from v4surgery.config import V4Config
 from v4surgery.distributed.experts import combine_ranks
 from v4surgery.model.loader import place
 from v4surgery.model.moe import Expert, Experts, Matrices
 from v4surgery.model.numerics import Numerics
 from v4surgery.model.ranges import tensor_refs
-
-if TYPE_CHECKING:
-    from v4surgery.model.streaming import Streamer
+from v4surgery.model.reading import Reading
 
 
 class StreamedExperts(Experts):
@@ -25,14 +24,21 @@ class StreamedExperts(Experts):
     """
 
     def __init__(
-        self, streamer: Streamer, prefix: str, stored: dict[str, StoredTensorRef], budget: int
+        self,
+        config: V4Config,
+        numerics: Numerics,
+        reading: Reading,
+        prefix: str,
+        stored: Mapping[str, StoredTensorRef],
+        budget: int,
     ) -> None:
         super().__init__()
-        self._streamer, self._prefix, self._stored = streamer, prefix, stored
+        self._config, self._numerics, self._reading = config, numerics, reading
+        self._prefix, self._stored = prefix, stored
         sizes = [item.nbytes for item in stored.values()]
         self._per_expert = max(sum(sizes) // max(len(sizes) // 3, 1), 1)
         self._capacity = max(budget // self._per_expert, 1)
-        self._team, count = streamer.team, streamer.config.n_routed_experts
+        self._team, count = reading.team, config.n_routed_experts
         self.owned = range(count) if self._team is None else self._team.share(count)
 
     def agree(self, routed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -60,13 +66,13 @@ class StreamedExperts(Experts):
         for number, group in enumerate(groups):
             self._require(group)
             upcoming = groups[number + 1] if number + 1 < len(groups) else []
-            future = self._streamer.background.submit(self._read, upcoming)
+            future = self._reading.begin(partial(self._read, upcoming))
             yield group
-            self._adopt(self._streamer.wait(future), keep=upcoming)
+            self._adopt(self._reading.wait(future), keep=upcoming)
 
     def batches(self, indices: Tensor) -> Iterator[Matrices]:
         """As many experts at a time as the budget holds; all at once if they were read ahead."""
-        count = self._streamer.config.n_routed_experts
+        count = self._config.n_routed_experts
         if self._team is None and len(self) == count:
             yield self.matrices(count, range(count))
             return
@@ -88,11 +94,11 @@ class StreamedExperts(Experts):
         return self
 
     def _require(self, experts: Sequence[int]) -> None:
-        self._adopt(self._streamer.timed(lambda: self._read(experts)), keep=experts)
+        self._adopt(self._reading.timed(lambda: self._read(experts)), keep=experts)
 
     def _read(self, experts: Sequence[int]) -> dict[TensorRef, Tensor]:
         missing = [expert for expert in experts if str(expert) not in self]
-        return self._streamer.loader.load(self.refs(missing))
+        return self._reading.loader.load(self.refs(missing))
 
     def refs(self, experts: Iterable[int]) -> list[TensorRef]:
         """Where some experts are stored."""
@@ -108,7 +114,7 @@ class StreamedExperts(Experts):
                 self._build(expert, tensors)
 
     def _build(self, expert: int, tensors: dict[TensorRef, Tensor]) -> None:
-        module = Expert(self._streamer.config, self._streamer.numerics)
+        module = Expert(self._config, self._numerics)
         for stem in self._stems(expert):
             stored = self._stored[stem]
             weight, *scale = (tensors[ref] for ref in tensor_refs(stored))

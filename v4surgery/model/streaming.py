@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from v4surgery.model.loader import place, require_loaded
 from v4surgery.model.mtp import MTPBlock
 from v4surgery.model.numerics import Numerics
 from v4surgery.model.ranges import RangeLoader, tensor_refs
+from v4surgery.model.reading import Reading
 from v4surgery.model.streamed_experts import StreamedExperts
 
 DEFAULT_WEIGHT_BYTES = 8_000_000_000
@@ -43,7 +44,6 @@ ACTIVATION_FACTOR = 24
 Observer = Callable[[nn.Module, str, int], Callable[[], None]]
 """Called before a module runs a prompt: the module, its prefix, the prompt's number; what it
 returns is called afterwards."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,14 @@ class Streamer:
             else SharedLoader(checkpoint, self.device, workers, self.team)
         )
         self._ends = Ends(checkpoint, numerics, self.loader, self.options.weight_bytes, self.team)
-        self.background = ThreadPoolExecutor(1, "v4surgery-prefetch")
-        self.waited = 0.0
+        self._reading = Reading(self.loader, self.team)
         self.timings: list[BlockTiming] = []
         self._counted = 0
+
+    @property
+    def waited(self) -> float:
+        """Seconds that computing has waited for bytes."""
+        return self._reading.waited
 
     @property
     def bytes_read(self) -> int:
@@ -123,8 +127,7 @@ class Streamer:
         return own if self.team is None else sum(self.team.gather(own))
 
     def close(self) -> None:
-        self.background.shutdown(cancel_futures=True)
-        self.loader.close()
+        self._reading.close()
 
     def __enter__(self) -> Streamer:
         return self
@@ -176,17 +179,17 @@ class Streamer:
         ahead = self._reads_experts_ahead(sum(map(len, prompts)))
 
         def fetch(spec: BlockSpec) -> Future[Callable[[], Block]]:
-            return self.background.submit(self._fetch_block, spec, ahead)
+            return self._reading.begin(partial(self._fetch_block, spec, ahead))
 
         fetched = fetch(specs[0])
         for number, h in enumerate(self.embed(rows, observe)):
             store[number] = h
         for spec, upcoming in zip(specs, [*specs[1:], None], strict=True):
             with self._timing(spec.prefix, progress):
-                finish = self.wait(fetched)
+                finish = self._reading.wait(fetched)
                 if upcoming is not None:
                     fetched = fetch(upcoming)  # while ranks exchange, too
-                block = self.timed(finish)
+                block = self._reading.timed(finish)
                 self._run_prompts(block, spec.prefix, rows, store, observe)
             del block, finish  # before the one after the next is read
         for spec in self.drafters if drafters else ():
@@ -252,16 +255,6 @@ class Streamer:
         if progress is not None:
             progress(timing)
 
-    def wait(self, future: Future[T]) -> T:
-        """The result of a background read; the time that it was waited for counts."""
-        return self.timed(future.result)
-
-    def timed(self, call: Callable[[], T]) -> T:
-        began = time.perf_counter()
-        result = call()
-        self.waited += time.perf_counter() - began
-        return result
-
     def _place_of_streams(self, prompts: Sequence[Sequence[int]]) -> str:
         """The device where all prompts' fit beside the longest one's activations."""
         longest, all_tokens = max(map(len, prompts)), sum(map(len, prompts))
@@ -324,7 +317,9 @@ class Streamer:
         dense = self._stored(spec.prefix, experts=False)
         routed = self._stored(spec.prefix, experts=True)
         budget = self.options.weight_bytes - 2 * sum(item.nbytes for item in dense.values())
-        experts = StreamedExperts(self, spec.prefix, routed, budget)
+        experts = StreamedExperts(
+            self.config, self.numerics, self._reading, spec.prefix, routed, budget
+        )
         kind = MTPBlock if spec.is_drafter else Block
         block = kind(self.config, spec, self.numerics, experts=experts)
         common = [ref for stored in dense.values() for ref in tensor_refs(stored)]
