@@ -28,7 +28,13 @@ from tests.support.hub.repos import Content
 from tests.support.parents import INDEX_FILE
 from v4surgery.checkpoint.hub_cache import MetadataCache
 from v4surgery.checkpoint.remote import HubRepository
-from v4surgery.errors import CheckpointError, ReadError, UsageError, V4SurgeryError
+from v4surgery.errors import (
+    CheckpointError,
+    OutputError,
+    ReadError,
+    UsageError,
+    V4SurgeryError,
+)
 from v4surgery.recipes import dump_recipe
 from v4surgery.slicers.estimate import estimate_plan
 
@@ -72,6 +78,38 @@ def test_provenance_names_repository_and_commit(repo: Repo, tmp_path: Path) -> N
         PARENT,
         repo.refs["main"],
     )
+
+
+def test_a_branch_that_moves_does_not_mix_two_commits(
+    repo: Repo, small_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same headers, other weights: begun, finished, and beside a commit that is only words."""
+
+    def slice_main(out: str, revision: str | None = None) -> v4.Replica:
+        with open_parent(revision) as remote:
+            return v4.slice(v4.plan(remote, half()), tmp_path / out)
+
+    first = repo.refs["main"]
+    slice_main("finished")
+    with monkeypatch.context() as patched:
+        patched.setattr(HubRepository, "check_unchanged", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            slice_main("begun")
+    repo.commit({"README.md": b"only words"})
+    assert slice_main("finished").written.already_complete
+    content = bytearray((small_parent / SHARD).read_bytes())
+    content[-1] ^= 1
+    repo.commit({SHARD: bytes(content)})
+    with pytest.raises(OutputError, match="holds an unfinished run of this plan on other weights"):
+        slice_main("begun")
+    with pytest.raises(OutputError, match="holds the finished output of other weights"):
+        slice_main("finished")
+    assert not slice_main("begun", first).written.already_complete
+    assert weights_of(tmp_path / "begun") == weights_of(tmp_path / "finished")
+
+
+def stop(source: HubRepository) -> None:
+    raise RuntimeError("stopped")
 
 
 def test_opening_pins_a_commit_that_every_request_names(

@@ -17,6 +17,7 @@ from v4surgery.checkpoint.journal import (
     RANK_JOURNALS,
     WORK_DIR,
     ChunkRecord,
+    RunId,
     chunk_line,
     header_line,
     parse_object,
@@ -77,19 +78,14 @@ class Claim:
         sync_dir(self.out)
 
 
-def claim_folder(out: Path, plan_id: str, layout_id: str) -> Claim:
+def claim_folder(out: Path, run: RunId) -> Claim:
     """Locks ``out`` for one run of one plan, creating it if it does not exist.
-
-    Args:
-        out: The output folder.
-        plan_id: Identifies what is to be written.
-        layout_id: Identifies the shards; the same plan with other shards cannot be resumed.
 
     Raises:
         OutputError: The folder is someone else's, another plan's, or being written right now.
     """
     try:
-        if _state(out, plan_id, layout_id) == "complete" and not (out / WORK_DIR).exists():
+        if _state(out, run) == "complete" and not (out / WORK_DIR).exists():
             return Claim(out, "complete", None, None)
         (out / WORK_DIR).mkdir(parents=True, exist_ok=True)
         lock_fd = _lock(out)
@@ -100,15 +96,15 @@ def claim_folder(out: Path, plan_id: str, layout_id: str) -> Claim:
             hint="choose another --out",
         ) from error
     try:
-        return _claim_locked(out, plan_id, layout_id, lock_fd)
+        return _claim_locked(out, run, lock_fd)
     except BaseException:
         os.close(lock_fd)
         raise
 
 
-def _claim_locked(out: Path, plan_id: str, layout_id: str, lock_fd: int) -> Claim:
+def _claim_locked(out: Path, run: RunId, lock_fd: int) -> Claim:
     # Looked at again, because another process may have finished between the look and the lock.
-    state = _state(out, plan_id, layout_id)
+    state = _state(out, run)
     if state == "complete":
         claim = Claim(out, state, lock_fd, None)
         claim.remove()
@@ -121,7 +117,7 @@ def _claim_locked(out: Path, plan_id: str, layout_id: str, lock_fd: int) -> Clai
             for other in path.parent.glob(RANK_JOURNALS):
                 other.unlink()
             os.ftruncate(journal_fd, 0)
-            write_all(journal_fd, header_line(plan_id, layout_id))
+            write_all(journal_fd, header_line(run))
         else:
             os.ftruncate(journal_fd, whole_lines(path))
             for other in sorted(path.parent.glob(RANK_JOURNALS)):
@@ -186,26 +182,31 @@ def _is_open_as(path: Path, fd: int) -> bool:
         return False
 
 
-def _state(out: Path, plan_id: str, layout_id: str) -> State:
+def _state(out: Path, run: RunId) -> State:
     """What ``out`` is to this run. Raises OutputError unless it is empty or ours."""
     if not out.exists():
         return "fresh"
     journal = read_header(out / WORK_DIR / JOURNAL_FILE)
     if journal is not None:
-        _check_header(out, journal, plan_id, layout_id)
+        _check_header(out, journal, run)
         return "unfinished"
     others = sorted(path.name for path in out.iterdir() if path.name != WORK_DIR)
     if not others:
         return "fresh"
-    finished_plan = _finished_plan(out / PROVENANCE_FILE)
-    if finished_plan == plan_id:
-        return "complete"
-    if finished_plan is not None:
+    finished = _finished(out / PROVENANCE_FILE)
+    if finished is not None:
+        plan, weights = finished
+        if plan != run.plan:
+            what, value, rule = "another plan", f"plan {plan}", f"empty, or of plan {run.plan}"
+        elif _differ(weights, run.weights):
+            what, value, rule = "other weights", f"weights {weights}", f"weights {run.weights}"
+        else:
+            return "complete"
         raise OutputError(
-            "the output folder holds the finished output of another plan",
+            f"the output folder holds the finished output of {what}",
             where=out,
-            value=f"plan {finished_plan}",
-            rule=f"empty, or of plan {plan_id}",
+            value=value,
+            rule=rule,
             hint="choose another --out",
         )
     more = f" and {len(others) - 4} more" if len(others) > 4 else ""
@@ -218,14 +219,17 @@ def _state(out: Path, plan_id: str, layout_id: str) -> State:
     )
 
 
-def _check_header(out: Path, journal: dict[str, object], plan_id: str, layout_id: str) -> None:
-    found = (journal.get("format"), journal.get("plan_id"), journal.get("layout"))
-    if found == (FORMAT, plan_id, layout_id):
-        return
-    if found[1] != plan_id:
-        what, value, rule = "another plan", f"plan {found[1]}", f"plan {plan_id}"
+def _check_header(out: Path, journal: dict[str, object], run: RunId) -> None:
+    plan, layout, weights = (journal.get(key) for key in ("plan_id", "layout", "weights"))
+    if plan != run.plan:
+        what, value, rule = "another plan", f"plan {plan}", f"plan {run.plan}"
+    elif (journal.get("format"), layout) != (FORMAT, run.layout):
+        what, value, rule = "this plan laid out differently", f"layout {layout}", run.layout
+    elif _differ(weights, run.weights):
+        # The branch has moved: two commits in one replica would be neither.
+        what, value, rule = "this plan on other weights", f"weights {weights}", str(run.weights)
     else:
-        what, value, rule = "this plan laid out differently", f"layout {found[2]}", layout_id
+        return
     raise OutputError(
         f"the output folder holds an unfinished run of {what}",
         where=out,
@@ -235,10 +239,17 @@ def _check_header(out: Path, journal: dict[str, object], plan_id: str, layout_id
     )
 
 
-def _finished_plan(path: Path) -> str | None:
+def _differ(known: object, weights: str | None) -> bool:
+    """Whether it is known that these are not the same weights."""
+    return isinstance(known, str) and weights is not None and known != weights
+
+
+def _finished(path: Path) -> tuple[str, object] | None:
+    """The plan that a finished folder is of, and its weights if they are known."""
     try:
-        provenance = parse_object(path.read_bytes())
+        provenance = parse_object(path.read_bytes()) or {}
     except FileNotFoundError:
         return None
-    plan = provenance.get("plan_hash") if provenance is not None else None
-    return plan if isinstance(plan, str) else None
+    plan, parent = provenance.get("plan_hash"), provenance.get("parent")
+    weights = parent.get("weights") if isinstance(parent, dict) else None
+    return (plan, weights) if isinstance(plan, str) else None

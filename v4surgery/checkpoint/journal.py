@@ -3,7 +3,7 @@
 While a run is unfinished the folder holds ``.v4surgery/``::
 
     lock            flock'ed by the process that writes
-    journal.jsonl   {"format": 1, "plan_id": ..., "layout": ...}
+    journal.jsonl   {"format": 1, "plan_id": ..., "layout": ..., "weights": ...}
                     {"job": 3, "chunk": 0, "of": 2, "bytes": [8388608], "digests": ["9f..."]}
                     ...
     journal-2.jsonl the same lines without the first, of rank 2 of a run on several; the next run
@@ -29,6 +29,21 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
+class RunId:
+    """What an output folder is written for.
+
+    Attributes:
+        plan: Identifies what is to be written.
+        layout: Identifies the shards; the same plan with other shards cannot be resumed.
+        weights: Identifies what is read, or None where only reading would tell it.
+    """
+
+    plan: str
+    layout: str
+    weights: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkRecord:
     """A job's progress after one of its chunks.
 
@@ -47,9 +62,10 @@ class ChunkRecord:
     state: Mapping[str, Any] = field(default_factory=dict)
 
 
-def header_line(plan_id: str, layout_id: str) -> bytes:
+def header_line(run: RunId) -> bytes:
     """The first line, which says what the others are about."""
-    return _line({"format": FORMAT, "plan_id": plan_id, "layout": layout_id})
+    fields = {"format": FORMAT, "plan_id": run.plan, "layout": run.layout, "weights": run.weights}
+    return _line(fields)
 
 
 def chunk_line(job: int, record: ChunkRecord) -> bytes:

@@ -9,11 +9,13 @@ from there; config, index and headers are kept by commit (see :mod:`.hub_cache`)
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from blake3 import blake3
 from huggingface_hub import constants, hf_hub_url
 
 from v4surgery.checkpoint.folder import LocalFolder
@@ -159,6 +161,13 @@ class HubRepository(Source):
 
     def identity(self) -> dict[str, str]:
         return {"kind": "hub", "name": self.name, "revision": self.commit}
+
+    def weights_id(self, files: Iterable[str]) -> str | None:
+        """By the content hashes that the Hub lists; offline there may be none."""
+        etags = [(file, self._file(file).etag) for file in sorted(files)]
+        if not all(etag for _, etag in etags):
+            return None
+        return blake3(json.dumps(etags).encode()).hexdigest()[:32]
 
     def check_unchanged(self) -> None:
         """A commit does not change, and every answer was held against it; the cache's files may."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from v4surgery.checkpoint.claim import Claim, claim_folder, join_claim
 from v4surgery.checkpoint.job import Job
+from v4surgery.checkpoint.journal import RunId
 from v4surgery.checkpoint.layout import ShardLayout
 from v4surgery.checkpoint.shard import PART
 from v4surgery.errors import OutputError
@@ -80,16 +81,13 @@ def _spread(sizes: dict[int, int], ranks: int) -> dict[int, int]:
     return owner
 
 
-def claim_together(
-    team: Team | None, out: Path, plan_id: str, layout_id: str, unfinish: Iterable[str] = ()
-) -> Claim:
+def claim_together(team: Team | None, out: Path, run: RunId, unfinish: Iterable[str] = ()) -> Claim:
     """The output folder for all ranks: the first one claims it, and tells what is done.
 
     Args:
         team: All ranks, or None.
         out: The output folder.
-        plan_id: Identifies what is to be written.
-        layout_id: Identifies the shards.
+        run: What it is written for.
         unfinish: Files that several ranks will write into: a finished one is unfinished again
             before any of them looks.
 
@@ -97,20 +95,20 @@ def claim_together(
         OutputError: As for one process; or the ranks do not plan the same output.
     """
     if team is None:
-        return claim_folder(out, plan_id, layout_id)
-    plans = team.gather((plan_id, layout_id))
-    for rank, plan in enumerate(plans):
-        if plan != plans[0]:
+        return claim_folder(out, run)
+    runs = team.gather(run)
+    for rank, other in enumerate(runs):
+        if other != runs[0]:
             raise OutputError(
                 "the ranks do not plan the same output",
                 where=f"rank {rank}",
-                value=f"plan {plan[0]}",
-                rule=f"the first rank's, {plans[0][0]}",
+                value=f"plan {other.plan}",
+                rule=f"the first rank's, {runs[0].plan}",
                 hint="give all machines the same parent, recipe, scores and version",
             )
     if not team.is_first:
         return join_claim(out, team.rank, *team.tell(("fresh", {})))
-    claim = claim_folder(out, plan_id, layout_id)
+    claim = claim_folder(out, run)
     for file in unfinish if claim.state == "unfinished" else ():
         if (out / file).exists():
             (out / file).replace(out / (file + PART))

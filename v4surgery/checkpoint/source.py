@@ -66,6 +66,11 @@ class Source(Protocol):
         """What provenance records: ``kind``, ``name``, and ``revision`` where there is one."""
         ...
 
+    def weights_id(self, files: Iterable[str]) -> str | None:
+        """Tells these files from others with the same headers; None if only reading them would."""
+        del files
+        return None
+
     def check_unchanged(self) -> None:
         """Call after the last read.
 

@@ -27,7 +27,7 @@ from blake3 import blake3
 
 from v4surgery.checkpoint.durable import sync_dir, write_all
 from v4surgery.checkpoint.job import Job, WriteResult
-from v4surgery.checkpoint.journal import WORK_DIR
+from v4surgery.checkpoint.journal import WORK_DIR, RunId
 from v4surgery.checkpoint.layout import INDEX_FILE, ShardLayout
 from v4surgery.checkpoint.shard import OPEN_FLAGS, PART, writing
 from v4surgery.checkpoint.sharing import claim_together, deal_out
@@ -44,6 +44,7 @@ def write_checkpoint(
     jobs: Sequence[Job],
     *,
     plan_id: str,
+    weights_id: str | None = None,
     workers: int = 2,
     prepare: Callable[[], None] = lambda: None,
     extra_files: Callable[[WriteResult], Mapping[str, bytes]] = lambda _: {},
@@ -60,6 +61,8 @@ def write_checkpoint(
         jobs: Between them they have every tensor of the shards as an output once.
         plan_id: Identifies the output bytes. ``extra_files`` must put it as ``plan_hash`` into
             ``v4surgery.json``: that is how a finished folder is recognised.
+        weights_id: Identifies what is read, if that is known: what was begun or finished from
+            others is neither continued nor taken for this.
         workers: Threads. They change the speed, not one byte of the result.
         prepare: Called once the folder is ours, before the first job, unless all is done.
         extra_files: Gets the result so far; gives basename -> content, written in that order.
@@ -81,7 +84,8 @@ def write_checkpoint(
     is_first = team is None or team.is_first
     shares = deal_out(shards, jobs, team)
     unfinish = files if shares.files_are_shared else ()
-    claim = claim_together(team, out, plan_id, _layout_id(shards, jobs), unfinish)
+    run_id = RunId(plan_id, _layout_id(shards, jobs), weights_id)
+    claim = claim_together(team, out, run_id, unfinish)
     try:
         if claim.state == "complete":
             return WriteResult(out, files, already_complete=True)

@@ -195,6 +195,7 @@ def write_jobs(
         plan.shards,
         jobs,
         plan_id=plan.plan_hash,
+        weights_id=source.weights_id(plan.parent.files),
         workers=options.workers,
         prepare=prepare,
         extra_files=files,

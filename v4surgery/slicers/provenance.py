@@ -22,12 +22,14 @@ RECIPE_FILE = "recipe.yaml"
 
 def origin_of(parent: Checkpoint, plan_hash: str) -> dict[str, Any]:
     """What every record begins with: who wrote it, by which plan, from which parent."""
+    weights = parent.source.weights_id(parent.files)
     return {
         "format": 1,
         "tool": {"name": "v4surgery", "version": __version__},
         "plan_hash": plan_hash,
         "parent": {
             **parent.source.identity(),
+            **({} if weights is None else {"weights": weights}),
             "fingerprint": parent.fingerprint,
             **describe_parent(parent),
         },
