@@ -40,6 +40,7 @@ __all__ = [
     "bf16_to_f32",
     "decode_fp4",
     "decode_fp8",
+    "e8m0_scales",
     "encode_e2m1",
     "encode_e4m3",
     "f32_to_bf16",
@@ -337,8 +338,13 @@ def _finite_magnitudes(x: F32Array) -> F32Array:
     return magnitudes
 
 
-def _e8m0_scales(amax: F32Array, limit: float) -> U8Array:
-    """Codes of 2^ceil(log2(amax / limit)), and of 1 where ``amax`` is 0."""
+def e8m0_scales(amax: F32Array, limit: float) -> U8Array:
+    """E8M0 codes of 2^ceil(log2(amax / limit)), held within 0..254, and of 1 where amax is 0.
+
+    Args:
+        amax: Largest magnitudes, float32, finite.
+        limit: The largest value of the format.
+    """
     limit_mantissa, limit_exponent = math.frexp(limit)
     mantissa, exponent = np.frexp(amax)
     # Both mantissas are in [1/2, 1), so their ratio is in (1/2, 2): its ceil is 0 or 1.
@@ -424,7 +430,7 @@ def _require_scales(
 
 def _block_scales(amax: F32Array, scale_dtype: ScaleDtype) -> U8Array | F32Array:
     if scale_dtype == "F8_E8M0":
-        return _e8m0_scales(amax, E4M3_MAX)
+        return e8m0_scales(amax, E4M3_MAX)
     scales = _divide(amax, np.array(E4M3_MAX, np.float32))
     # A subnormal amax underflows here; its block is as good as zero.
     scales[scales == 0] = 1
@@ -455,7 +461,7 @@ def quantize_fp4(x: F32Array) -> tuple[U8Array, U8Array]:
     scales = np.empty(groups.shape[:2], np.uint8)
     for rows in _row_chunks(x.shape):
         amax = _finite_magnitudes(groups[rows]).max(axis=-1)
-        scales[rows] = _e8m0_scales(amax, E2M1_MAX)
+        scales[rows] = e8m0_scales(amax, E2M1_MAX)
         scaled = _divide(groups[rows], E8M0_VALUES[scales[rows]][..., None])
         packed[rows] = pack_fp4(encode_e2m1(scaled))
     return packed.reshape(num_rows, num_cols // 2), scales

@@ -65,15 +65,23 @@ class Tally:
 
     def count_requantized(self, values: NDArray[np.float32], again: NDArray[np.float32]) -> None:
         """Count what quantization changed; ``again`` is what the codes stand for."""
+        changed = _by_block(values != again) if self.edit.fmt in (FP8, FP8_F32) else None
         stats = formats.quantized_error(values, again)
+        if changed is None:
+            self.add(stats)
+        else:  # a chunk is whole rows of blocks
+            self.add(stats, changed.size, int(np.count_nonzero(changed)))
+
+    def add(
+        self, stats: formats.ErrorStats, blocks: int | None = None, blocks_changed: int = 0
+    ) -> None:
+        """Add what quantization changed; ``blocks`` of FP8, or None."""
         for name in ("count", "num_changed", "num_nonfinite", "sum_sq_err", "sum_sq"):
             self.state[name] = self.state.get(name, 0) + getattr(stats, name)
         self.state["max_abs"] = max(self.state.get("max_abs", 0.0), stats.max_abs)
-        if self.edit.fmt in (FP8, FP8_F32):  # a chunk is whole rows of blocks
-            changed = _by_block(values != again)
-            self.state["blocks"] = self.state.get("blocks", 0) + changed.size
-            lost = int(np.count_nonzero(changed))
-            self.state["blocks_changed"] = self.state.get("blocks_changed", 0) + lost
+        if blocks is not None:
+            self.state["blocks"] = self.state.get("blocks", 0) + blocks
+            self.state["blocks_changed"] = self.state.get("blocks_changed", 0) + blocks_changed
 
     def count_lost_experts(self, lost: Sequence[int] | NDArray[np.int64]) -> None:
         """Add tokens by how many of their experts are gone."""

@@ -24,6 +24,7 @@ from v4surgery.slicers.compress_ratios import interpolate_rows
 from v4surgery.slicers.decoding import Decoder, host_decoder
 from v4surgery.slicers.edit import COPY, FOLD, GATHER, INTERPOLATE, REMAP, ZERO, TensorEdit
 from v4surgery.slicers.encoding import largest_scales, narrowed, quantized
+from v4surgery.slicers.fp4_to_fp8 import fp4_to_fp8
 from v4surgery.slicers.hash_table import HashRemap, similarity_rank
 from v4surgery.slicers.mixing import MIXING_BYTES, Mixer, kept_factor
 from v4surgery.slicers.plan import Plan
@@ -237,6 +238,10 @@ class EditJob:
 
     def _requantize(self, source: StoredTensorRef, begin: int, end: int) -> Buffers:
         edit = self.edit
+        if source.fmt == FP4 and edit.fmt == FP8 and edit.cols is None:
+            found = self._by_table(source, begin, end)
+            if found is not None:
+                return found
         parts: list[NDArray[np.float32]] = []
         scale_parts: list[NDArray[Any]] = []
         for rows, cols in self._pieces(begin, end):
@@ -250,6 +255,18 @@ class EditJob:
         if edit.fmt == FP8_F32 and source.fmt == FP8_F32:
             return self._quantized(values, largest_scales(np.concatenate(scale_parts)))
         return self._quantized(values)
+
+    def _by_table(self, source: StoredTensorRef, begin: int, end: int) -> Buffers | None:
+        """FP8 of whole rows of FP4 that lose nothing; None where some would."""
+        assert source.scale is not None
+        ((rows, _),) = self._pieces(begin, end)
+        packed = self.parent.read_rows(source.weight, rows)
+        found = fp4_to_fp8(packed, self.parent.read_rows(source.scale, rows))
+        if found is None:
+            return None
+        codes, scales, stats = found
+        self.tally.add(stats, scales.size)
+        return codes, scales
 
     def _quantized(
         self, values: NDArray[np.float32], block_scales: NDArray[np.float32] | None = None
