@@ -58,12 +58,14 @@ def run(
     """
     import time
 
+    from v4surgery.cli._allocator import keep_freed_memory
     from v4surgery.cli._output import parse_size, print_json, progress_bar, set_verbosity
     from v4surgery.cli._ranks import writing_ranks
     from v4surgery.conversion.run import plan_conversion, run_conversion
     from v4surgery.slicers.apply import WriteOptions
 
     set_verbosity(output.verbose)
+    keep_freed_memory()
     limit = parse_size(max_shard_size, "--max-shard-size") if max_shard_size else None
     memory_bytes = parse_size(memory, "--memory")
     with reading.open(checkpoint) as source:

@@ -46,6 +46,7 @@ def run(
 
     from v4surgery import api
     from v4surgery.cli import plan as plan_verb
+    from v4surgery.cli._allocator import keep_freed_memory
     from v4surgery.cli._output import (
         parse_size,
         print_json,
@@ -61,6 +62,7 @@ def run(
     from v4surgery.summary import summarize_plan
 
     set_verbosity(output.verbose)
+    keep_freed_memory()
     overrides = overrides_of(set_, scores)
     if max_shard_size is not None:
         overrides.append(f"store.max_shard_size={parse_size(max_shard_size, '--max-shard-size')}")

@@ -37,6 +37,7 @@ def run(
     """
     from dataclasses import replace
 
+    from v4surgery.cli._allocator import keep_freed_memory
     from v4surgery.cli._output import print_json, progress_bar, say, set_verbosity, size, warn
     from v4surgery.cli._parent import open_parent, recorded_parent
     from v4surgery.errors import VerificationFailed
@@ -45,6 +46,7 @@ def run(
     from v4surgery.slicers.verify import verify_replica
 
     set_verbosity(output.verbose)
+    keep_freed_memory()
     with (
         replace(reading, revision=None).open(replica) as checkpoint,
         open_parent(
