@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -101,6 +102,27 @@ def test_the_head_is_read_once_where_it_fits(parent: Checkpoint) -> None:
         assert torch.equal(logits[0], logits[1])
 
 
+def test_a_head_that_was_not_read_to_its_end_is_read_again(
+    parent: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In slices of 3 rows, of which the second fails once."""
+    monkeypatch.setattr("v4surgery.model.ends.HEAD_ROWS", 3)
+    streams = torch.ones(1, 1, parent.config.hc_mult, parent.config.hidden_size)
+    with Streamer(parent, Numerics()) as streamer:
+        load, left = streamer.loader.load_common, [True, True, False]
+
+        def fail_once(refs: Sequence[TensorRef]) -> dict[TensorRef, Tensor]:
+            if left and not left.pop(0):
+                raise ReadError("gone")
+            return load(refs)
+
+        monkeypatch.setattr(streamer.loader, "load_common", fail_once)
+        with pytest.raises(ReadError, match="gone"):
+            streamer.head([streams])
+        (logits,) = streamer.head([streams])
+    assert logits.shape == (1, parent.config.vocab_size)
+
+
 def test_a_prompt_beyond_the_activation_budget_is_refused(parent: Checkpoint) -> None:
     options = StreamOptions(activation_bytes=1000)
     with (
@@ -125,7 +147,7 @@ def test_an_error_does_not_wait_for_what_is_read(
     monkeypatch.setattr(parent.source, "cancel", cancelled.set)
     with pytest.raises(UsageError, match="stop"), Streamer(parent, Numerics()) as streamer:
         block = parent.catalogue.blocks[0]
-        read = streamer._reading.begin(lambda: streamer.load_block(block, experts_ahead=True))
+        read = streamer._prefetcher.begin(lambda: streamer.load_block(block, experts_ahead=True))
         raise UsageError("stop")
     assert isinstance(read.exception(), ReadError)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,8 @@ class Ends:
         self.team = team
         head = checkpoint.tensors["head"].weight
         size = head.shape[0] * head.shape[1] * numerics.dtype.itemsize
-        self._kept: list[Linear] | None = [] if size <= head_bytes else None
+        self._fits = size <= head_bytes
+        self._kept: list[Linear] | None = None
 
     def embedded(self, rows: Tensor) -> Tensor:
         """Some rows of the embedding, on the host; each rank reads a part of them.
@@ -98,15 +99,13 @@ class Ends:
         """Logits, float32 ``(1, S, V)``, of normed ``(1, S, D)``."""
         return torch.cat([linear.wide(x) for linear in self._head()], -1)
 
-    def _head(self) -> Iterator[Linear]:
+    def _head(self) -> Iterable[Linear]:
         """Slices of the head's rows: read once where they all fit, else every time."""
-        if self._kept:
-            yield from self._kept
-            return
-        for linear in self._read_head():
-            if self._kept is not None:
-                self._kept.append(linear)
-            yield linear
+        if not self._fits:
+            return self._read_head()
+        if self._kept is None:
+            self._kept = list(self._read_head())
+        return self._kept
 
     def _read_head(self) -> Iterator[Linear]:
         ref = self.checkpoint.tensors["head"].weight

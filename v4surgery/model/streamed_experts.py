@@ -13,8 +13,8 @@ from v4surgery.distributed.experts import combine_ranks
 from v4surgery.model.loader import place
 from v4surgery.model.moe import Expert, Experts, Matrices
 from v4surgery.model.numerics import Numerics
+from v4surgery.model.prefetch import Prefetcher
 from v4surgery.model.ranges import tensor_refs
-from v4surgery.model.reading import Reading
 
 
 class StreamedExperts(Experts):
@@ -27,18 +27,18 @@ class StreamedExperts(Experts):
         self,
         config: V4Config,
         numerics: Numerics,
-        reading: Reading,
+        prefetcher: Prefetcher,
         prefix: str,
         stored: Mapping[str, StoredTensorRef],
         budget: int,
     ) -> None:
         super().__init__()
-        self._config, self._numerics, self._reading = config, numerics, reading
+        self._config, self._numerics, self._prefetcher = config, numerics, prefetcher
         self._prefix, self._stored = prefix, stored
         sizes = [item.nbytes for item in stored.values()]
         self._per_expert = max(sum(sizes) // max(len(sizes) // 3, 1), 1)
         self._capacity = max(budget // self._per_expert, 1)
-        self._team, count = reading.team, config.n_routed_experts
+        self._team, count = prefetcher.team, config.n_routed_experts
         self.owned = range(count) if self._team is None else self._team.share(count)
 
     def agree(self, routed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -66,9 +66,9 @@ class StreamedExperts(Experts):
         for number, group in enumerate(groups):
             self._require(group)
             upcoming = groups[number + 1] if number + 1 < len(groups) else []
-            future = self._reading.begin(partial(self._read, upcoming))
+            future = self._prefetcher.begin(partial(self._read, upcoming))
             yield group
-            self._adopt(self._reading.wait(future), keep=upcoming)
+            self._adopt(self._prefetcher.wait(future), keep=upcoming)
 
     def batches(self, indices: Tensor) -> Iterator[Matrices]:
         """As many experts at a time as the budget holds; all at once if they were read ahead."""
@@ -94,11 +94,11 @@ class StreamedExperts(Experts):
         return self
 
     def _require(self, experts: Sequence[int]) -> None:
-        self._adopt(self._reading.timed(lambda: self._read(experts)), keep=experts)
+        self._adopt(self._prefetcher.timed(lambda: self._read(experts)), keep=experts)
 
     def _read(self, experts: Sequence[int]) -> dict[TensorRef, Tensor]:
         missing = [expert for expert in experts if str(expert) not in self]
-        return self._reading.loader.load(self.refs(missing))
+        return self._prefetcher.loader.load(self.refs(missing))
 
     def refs(self, experts: Iterable[int]) -> list[TensorRef]:
         """Where some experts are stored."""

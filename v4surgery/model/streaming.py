@@ -31,8 +31,8 @@ from v4surgery.model.ends import Collapse, Ends
 from v4surgery.model.loader import place, require_loaded
 from v4surgery.model.mtp import MTPBlock
 from v4surgery.model.numerics import Numerics
+from v4surgery.model.prefetch import Prefetcher
 from v4surgery.model.ranges import RangeLoader, tensor_refs
-from v4surgery.model.reading import Reading
 from v4surgery.model.streamed_experts import StreamedExperts
 
 DEFAULT_WEIGHT_BYTES = 8_000_000_000
@@ -111,14 +111,14 @@ class Streamer:
             else SharedLoader(checkpoint, self.device, workers, self.team)
         )
         self._ends = Ends(checkpoint, numerics, self.loader, self.options.weight_bytes, self.team)
-        self._reading = Reading(self.loader, self.team)
+        self._prefetcher = Prefetcher(self.loader, self.team)
         self.timings: list[BlockTiming] = []
         self._counted = 0
 
     @property
     def waited(self) -> float:
         """Seconds that computing has waited for bytes."""
-        return self._reading.waited
+        return self._prefetcher.waited
 
     @property
     def bytes_read(self) -> int:
@@ -127,7 +127,7 @@ class Streamer:
         return own if self.team is None else sum(self.team.gather(own))
 
     def close(self) -> None:
-        self._reading.close()
+        self._prefetcher.close()
 
     def __enter__(self) -> Streamer:
         return self
@@ -179,17 +179,17 @@ class Streamer:
         ahead = self._reads_experts_ahead(sum(map(len, prompts)))
 
         def fetch(spec: BlockSpec) -> Future[Callable[[], Block]]:
-            return self._reading.begin(partial(self._fetch_block, spec, ahead))
+            return self._prefetcher.begin(partial(self._fetch_block, spec, ahead))
 
         fetched = fetch(specs[0])
         for number, h in enumerate(self.embed(rows, observe)):
             store[number] = h
         for spec, upcoming in zip(specs, [*specs[1:], None], strict=True):
             with self._timing(spec.prefix, progress):
-                finish = self._reading.wait(fetched)
+                finish = self._prefetcher.wait(fetched)
                 if upcoming is not None:
                     fetched = fetch(upcoming)  # while ranks exchange, too
-                block = self._reading.timed(finish)
+                block = self._prefetcher.timed(finish)
                 self._run_prompts(block, spec.prefix, rows, store, observe)
             del block, finish  # before the one after the next is read
         for spec in self.drafters if drafters else ():
@@ -318,7 +318,7 @@ class Streamer:
         routed = self._stored(spec.prefix, experts=True)
         budget = self.options.weight_bytes - 2 * sum(item.nbytes for item in dense.values())
         experts = StreamedExperts(
-            self.config, self.numerics, self._reading, spec.prefix, routed, budget
+            self.config, self.numerics, self._prefetcher, spec.prefix, routed, budget
         )
         kind = MTPBlock if spec.is_drafter else Block
         block = kind(self.config, spec, self.numerics, experts=experts)

@@ -1,4 +1,4 @@
-"""How a streamed model reads: what is next in the background, and how long it was waited for."""
+"""What a streamed model reads next, in the background, and how long it was waited for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from v4surgery.model.ranges import RangeLoader
 T = TypeVar("T")
 
 
-class Reading:
+class Prefetcher:
     """One thread that reads ahead.
 
     Args:
