@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from v4surgery.catalogue import FP8_F32, I64, Catalogue
+from v4surgery.checkpoint.layout import PROVENANCE_FILE
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.config import V4Config
 from v4surgery.errors import CheckpointError
@@ -133,10 +134,10 @@ def _remarks(checkpoint: Checkpoint) -> list[str]:
     layout = checkpoint.source.identity().get("layout")
     if layout is not None:
         return [f"layout: {layout}, read as the published one"]
-    if "v4surgery.json" not in checkpoint.source.list_files():
+    if PROVENANCE_FILE not in checkpoint.source.list_files():
         return []
     try:
-        record = json.loads(checkpoint.read_file("v4surgery.json"))
+        record = json.loads(checkpoint.read_file(PROVENANCE_FILE))
         if record.get("synthetic"):
             return [f"synthetic: random values in the layout of {record['like']}"]
         return [f"replica: recipe {record['recipe']}, cut from {record['parent']['name']}"]

@@ -37,7 +37,13 @@ from v4surgery.catalogue import (
     stored_tensors,
 )
 from v4surgery.checkpoint.job import WriteResult
-from v4surgery.checkpoint.layout import OutputTensor, ShardLayout, pack, row_offsets
+from v4surgery.checkpoint.layout import (
+    PROVENANCE_FILE,
+    OutputTensor,
+    ShardLayout,
+    pack,
+    row_offsets,
+)
 from v4surgery.checkpoint.writer import write_checkpoint
 from v4surgery.config import V4Config
 from v4surgery.errors import ConfigError, UsageError
@@ -227,7 +233,7 @@ def write_synthesis(
             "sparse": synthesis.sparse,
             "tool": {"name": "v4surgery", "version": __version__},
         }
-        files = {"v4surgery.json": about, "config.json": synthesis.config.to_dict()}
+        files = {PROVENANCE_FILE: about, "config.json": synthesis.config.to_dict()}
         return {name: (json.dumps(data, indent=2) + "\n").encode() for name, data in files.items()}
 
     return write_checkpoint(

@@ -25,9 +25,9 @@ from v4surgery.checkpoint.journal import (
     read_records,
     whole_lines,
 )
+from v4surgery.checkpoint.layout import PROVENANCE_FILE
 from v4surgery.errors import OutputError
 
-PROVENANCE_FILE = "v4surgery.json"
 _LOCK_FILE = "lock"
 
 State = Literal["fresh", "unfinished", "complete"]

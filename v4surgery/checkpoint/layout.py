@@ -16,6 +16,7 @@ from v4surgery.formats import F4, FP8_BLOCK
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PROVENANCE_FILE = "v4surgery.json"
 
 # The published shards have I64, F32, BF16, F8_E8M0, F8_E4M3, I8: the order in which safetensors'
 # own writer sorts (its Dtype enumeration backwards: wide items first, so that all are aligned).

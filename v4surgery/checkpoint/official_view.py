@@ -17,7 +17,7 @@ import numpy as np
 
 from v4surgery.catalogue import BF16, Catalogue, Entry
 from v4surgery.checkpoint.header import TensorInfo, build_header, payload_bytes, read_header
-from v4surgery.checkpoint.layout import INDEX_FILE, SINGLE_FILE
+from v4surgery.checkpoint.layout import INDEX_FILE, PROVENANCE_FILE, SINGLE_FILE
 from v4surgery.checkpoint.official import (
     DECODED,
     SCALES_FILE,
@@ -42,7 +42,6 @@ from v4surgery.errors import CatalogueError, CheckpointError, ReadError
 from v4surgery.formats import F4, FP8_BLOCK
 
 CONFIG_FILE = "config.json"
-RECORD_FILE = "v4surgery.json"
 _MAX_SIDE_BYTES = 256_000_000
 
 
@@ -54,7 +53,7 @@ class OfficialView(Source):
         self.name, self.gap_bytes = base.name, base.gap_bytes
         names = base.list_files()
         shards = [shard_name(rank, ranks) for rank in range(ranks)]
-        own = {CONFIG_FILE, RECORD_FILE, SCALES_FILE}
+        own = {CONFIG_FILE, PROVENANCE_FILE, SCALES_FILE}
         self._passed = [
             name for name in names if name not in own and not name.endswith(".safetensors")
         ]
@@ -294,15 +293,15 @@ def _config(base: Source, files: Iterable[str]) -> tuple[bytes, V4Config]:
     """The published config: as recorded, unless config.json was changed since."""
     text = _read_beside(base, CONFIG_FILE)
     config = load_config(text, f"{base.name}/{CONFIG_FILE}")
-    if RECORD_FILE in files:
+    if PROVENANCE_FILE in files:
         try:
-            record = json.loads(_read_beside(base, RECORD_FILE))["official"]
+            record = json.loads(_read_beside(base, PROVENANCE_FILE))["official"]
             is_as_written = json.loads(text) == record["reference"]
             published = (json.dumps(record["config"], indent=2) + "\n").encode()
         except (ValueError, KeyError, TypeError, RecursionError):
             return text, config  # not a record of ours: config.json alone says what it is
         if is_as_written:
-            return published, load_config(published, f"{base.name}/{RECORD_FILE}")
+            return published, load_config(published, f"{base.name}/{PROVENANCE_FILE}")
     return text, config
 
 

@@ -85,6 +85,11 @@ class Checkpoint:
     def name(self) -> str:
         return self.source.name
 
+    @property
+    def weights_id(self) -> str | None:
+        """Tells its weights from others with the same headers; None if only reading them would."""
+        return self.source.weights_id(self.files)
+
     def close(self) -> None:
         self.source.close()
 

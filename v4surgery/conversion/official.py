@@ -20,7 +20,7 @@ import numpy as np
 from v4surgery.catalogue import BF16, EXPERT, FP4, FP8_F32, LINEAR, StoredTensor, stored_tensors
 from v4surgery.checkpoint.header import build_header
 from v4surgery.checkpoint.job import WriteResult
-from v4surgery.checkpoint.layout import OutputTensor, ShardLayout, payload_order
+from v4surgery.checkpoint.layout import PROVENANCE_FILE, OutputTensor, ShardLayout, payload_order
 from v4surgery.checkpoint.official import (
     DECODED,
     SCALES_FILE,
@@ -38,7 +38,7 @@ from v4surgery.formats import F4
 from v4surgery.slicers.apply import WriteOptions, write_jobs
 from v4surgery.slicers.decoding import Decoder, find_decoder
 from v4surgery.slicers.edit import COPY, DEQUANTIZE, GATHER, TensorEdit
-from v4surgery.slicers.provenance import PROVENANCE_FILE, origin_of
+from v4surgery.slicers.provenance import origin_of
 from v4surgery.slicers.tally import nonfinite_by_stem
 from v4surgery.slicers.transform import WORKER_BYTES, Buffers, EditJob
 from v4surgery.version import __version__

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from v4surgery.checkpoint.layout import PROVENANCE_FILE
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.errors import CheckpointError
 from v4surgery.hub.markdown import bullets, fenced, plain, table
@@ -25,7 +26,7 @@ from v4surgery.recipes import Recipe
 from v4surgery.redact import without_tokens
 from v4surgery.slicers.edit import TRANSFORMS
 from v4surgery.slicers.lineage import CARD_FILE, license_fields, without_front_matter
-from v4surgery.slicers.provenance import PROVENANCE_FILE, RECIPE_FILE, read_provenance, read_recipe
+from v4surgery.slicers.provenance import RECIPE_FILE, read_provenance, read_recipe
 from v4surgery.slicers.verified import read_verified
 from v4surgery.summary import dimensions
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationDelete
 
-from v4surgery.checkpoint.layout import INDEX_FILE
+from v4surgery.checkpoint.layout import INDEX_FILE, PROVENANCE_FILE
 from v4surgery.checkpoint.shard import PART
 from v4surgery.errors import HubError, OutputError, UsageError
 from v4surgery.hub.card import is_generated
@@ -26,7 +26,7 @@ from v4surgery.hub.client import Committed, Hub, Remote, RemoteFile, adding
 from v4surgery.hub.parcel import Item, Parcel
 from v4surgery.redact import refuse_token
 from v4surgery.slicers.lineage import CARD_FILE
-from v4surgery.slicers.provenance import PROVENANCE_FILE, read_provenance
+from v4surgery.slicers.provenance import read_provenance
 
 SAME, NEW, CHANGED = "same", "new", "changed"
 SHARD = ".safetensors"

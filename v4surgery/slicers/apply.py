@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from v4surgery.checkpoint.folder import LocalFolder
 from v4surgery.checkpoint.job import Job, WriteResult
-from v4surgery.checkpoint.layout import ShardLayout
+from v4surgery.checkpoint.layout import PROVENANCE_FILE, ShardLayout
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.checkpoint.writer import write_checkpoint
 from v4surgery.distributed.parent import require_same
@@ -21,7 +21,7 @@ from v4surgery.slicers.decoding import Decoder, find_decoder
 from v4surgery.slicers.edit import RANDOM, TensorEdit
 from v4surgery.slicers.plan import Plan
 from v4surgery.slicers.prepare import prepare_bases
-from v4surgery.slicers.provenance import PROVENANCE_FILE, RECIPE_FILE, provenance_of
+from v4surgery.slicers.provenance import RECIPE_FILE, provenance_of
 from v4surgery.slicers.tally import measure
 from v4surgery.slicers.transform import EditJob, worker_bytes
 from v4surgery.slicers.vocabulary import cut_companions
@@ -195,7 +195,7 @@ def write_jobs(
         plan.shards,
         jobs,
         plan_id=plan.plan_hash,
-        weights_id=source.weights_id(plan.parent.files),
+        weights_id=plan.parent.weights_id,
         workers=options.workers,
         prepare=prepare,
         extra_files=files,

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
+from v4surgery.checkpoint.layout import PROVENANCE_FILE
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.errors import CheckpointError
 from v4surgery.summary import dimensions, parameters
 
 CARD_FILE = "README.md"
-RECORD_FILE = "v4surgery.json"
 MAX_CARD_BYTES = 1_000_000
 MAX_FRONT_MATTER = 64_000
 
@@ -53,7 +53,7 @@ def describe_parent(parent: Checkpoint) -> dict[str, Any]:
         text = parent.read_file(CARD_FILE).decode(errors="replace")
         if declared := license_fields(front_matter(text)):
             about["license"] = declared
-    if RECORD_FILE in names and (like := _synthetic_like(parent)):
+    if PROVENANCE_FILE in names and (like := _synthetic_like(parent)):
         about["synthetic"] = like
     return about
 
@@ -86,7 +86,7 @@ def license_fields(data: dict[str, Any]) -> dict[str, str]:
 
 def _synthetic_like(parent: Checkpoint) -> str | None:
     try:
-        record = json.loads(parent.read_file(RECORD_FILE))
+        record = json.loads(parent.read_file(PROVENANCE_FILE))
         like = record.get("like") if record.get("synthetic") else record["parent"].get("synthetic")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError):
         return None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from v4surgery.catalogue import I64
+from v4surgery.checkpoint.layout import PROVENANCE_FILE
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.errors import CheckpointError
 from v4surgery.recipes import Recipe, recipe_from_text
@@ -16,13 +17,12 @@ from v4surgery.slicers.record_shape import shape_problem
 from v4surgery.summary import parameters
 from v4surgery.version import __version__
 
-PROVENANCE_FILE = "v4surgery.json"
 RECIPE_FILE = "recipe.yaml"
 
 
 def origin_of(parent: Checkpoint, plan_hash: str) -> dict[str, Any]:
     """What every record begins with: who wrote it, by which plan, from which parent."""
-    weights = parent.source.weights_id(parent.files)
+    weights = parent.weights_id
     return {
         "format": 1,
         "tool": {"name": "v4surgery", "version": __version__},

@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 from blake3 import blake3
 
 from v4surgery.checkpoint.folder import LocalFolder
-from v4surgery.checkpoint.layout import INDEX_FILE
+from v4surgery.checkpoint.layout import INDEX_FILE, PROVENANCE_FILE
 from v4surgery.checkpoint.reader import CONFIG_FILE, Checkpoint
 from v4surgery.checkpoint.shard import PART
 from v4surgery.checkpoint.source import Source
 from v4surgery.slicers.basis_file import BASES_FILE
-from v4surgery.slicers.provenance import PROVENANCE_FILE, RECIPE_FILE, read_provenance
+from v4surgery.slicers.provenance import RECIPE_FILE, read_provenance
 from v4surgery.slicers.verify import Verification
 from v4surgery.version import __version__
 
