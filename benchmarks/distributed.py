@@ -37,7 +37,7 @@ from v4surgery.catalogue import Block as BlockSpec
 from v4surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from v4surgery.distributed.forecast import Rates, Work, forecast
 from v4surgery.distributed.launch import Launch, find_launch
-from v4surgery.distributed.team import Team, form_team, rank_device
+from v4surgery.distributed.team import Team, form_team, leads, meet, rank_device
 from v4surgery.kernels.dispatch import Ops
 from v4surgery.model.block import Block
 from v4surgery.model.numerics import Numerics
@@ -298,7 +298,7 @@ class Bench:
 
     @property
     def is_first(self) -> bool:
-        return self.team is None or self.team.is_first
+        return leads(self.team)
 
     def kept(self, name: str) -> Path:
         return Path(self.options.work) / f"{name}-{self.ranks}.safetensors"
@@ -317,8 +317,7 @@ class Bench:
 
     def meet(self) -> None:
         self.synchronize()
-        if self.team is not None:
-            self.team.gather(None)
+        meet(self.team)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

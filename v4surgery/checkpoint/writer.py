@@ -21,7 +21,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
@@ -32,10 +31,8 @@ from v4surgery.checkpoint.layout import INDEX_FILE, ShardLayout
 from v4surgery.checkpoint.shard import OPEN_FLAGS, PART, writing
 from v4surgery.checkpoint.sharing import claim_together, deal_out
 from v4surgery.checkpoint.workers import WriteRun
+from v4surgery.distributed.team import Team, leads, meet
 from v4surgery.errors import OutputError
-
-if TYPE_CHECKING:
-    from v4surgery.distributed.team import Team
 
 
 def write_checkpoint(
@@ -81,7 +78,6 @@ def write_checkpoint(
     assert workers > 0, workers
     _check_jobs(shards, jobs)
     files = tuple(shard.file for shard in shards)
-    is_first = team is None or team.is_first
     shares = deal_out(shards, jobs, team)
     unfinish = files if shares.files_are_shared else ()
     run_id = RunId(plan_id, _layout_id(shards, jobs), weights_id)
@@ -90,7 +86,7 @@ def write_checkpoint(
         if claim.state == "complete":
             return WriteResult(out, files, already_complete=True)
         run = WriteRun(claim, shards, jobs, progress, cancel, shares, team)
-        if is_first:
+        if leads(team):
             try:
                 run.check_disk()
             except OutputError:
@@ -101,9 +97,8 @@ def write_checkpoint(
                 # It may not stand beside unchecked shards.
                 (out / INDEX_FILE).unlink(missing_ok=True)
             prepare()
-        if team is not None:
-            team.gather(None)
-        if not is_first:
+        meet(team)
+        if not leads(team):
             prepare()
         run.work(workers)
         run.merge_ranks()
@@ -112,14 +107,12 @@ def write_checkpoint(
         if index or (index is None and len(shards) > 1):
             assert INDEX_FILE not in extras, INDEX_FILE
             extras[INDEX_FILE] = _index(shards)
-        if team is not None:
-            team.gather(None)  # none has anything to object
-        if is_first:
+        meet(team)  # none has anything to object
+        if leads(team):
             with writing(out, run.kept):
                 _write_extras(out, extras, taken=files)
                 claim.remove()
-        if team is not None:
-            team.gather(None)
+        meet(team)
         return result
     finally:
         claim.close()

@@ -58,6 +58,7 @@ def run(
     from v4surgery.cli._output import parse_size, print_json, progress_bar
     from v4surgery.cli._parent import open_parent
     from v4surgery.cli._ranks import computing_ranks
+    from v4surgery.distributed.team import leads
     from v4surgery.model.streaming import StreamOptions
     from v4surgery.slicers.provenance import read_recipe
     from v4surgery.validation.default_prompts import choose_prompts
@@ -91,8 +92,7 @@ def run(
                 progress=(lambda _: advance(1)) if advance else None,
             )
         # Here the others wait: a rank that fails ends them all.
-        is_heard = team is None or team.is_first
-        files = write_report(found, report) if report is not None and is_heard else []
+        files = write_report(found, report) if report is not None and leads(team) else []
     if as_json:
         print_json(found.to_json())
     else:

@@ -110,7 +110,7 @@ class Team:
         """Part once all are here."""
         import torch.distributed as dist
 
-        self.gather(None)
+        meet(self)
         dist.destroy_process_group()
 
     def __enter__(self) -> Team:
@@ -119,6 +119,17 @@ class Team:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
+
+
+def leads(team: Team | None) -> bool:
+    """Whether this process writes results: the first rank, or the only process."""
+    return team is None or team.is_first
+
+
+def meet(team: Team | None) -> None:
+    """Wait until all ranks are here."""
+    if team is not None:
+        team.gather(None)
 
 
 def form_team(device: str | torch.device = "cpu") -> Team | None:

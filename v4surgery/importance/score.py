@@ -13,6 +13,7 @@ from blake3 import blake3
 
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.distributed.parent import require_same
+from v4surgery.distributed.team import leads
 from v4surgery.errors import UsageError
 from v4surgery.importance.names import AXES, MOMENTS, check_axes
 from v4surgery.importance.scorer import Scorer
@@ -94,7 +95,7 @@ def score_parent(
     numerics = numerics or Numerics()
     team = None if options is None else options.team
     require_same(team, parent)
-    writer = ScoresWriter(out) if team is None or team.is_first else None
+    writer = ScoresWriter(out) if leads(team) else None
 
     def write(totals: Totals) -> None:
         if writer is not None:

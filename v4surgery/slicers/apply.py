@@ -15,6 +15,7 @@ from v4surgery.checkpoint.layout import PROVENANCE_FILE, ShardLayout
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.checkpoint.writer import write_checkpoint
 from v4surgery.distributed.parent import require_same
+from v4surgery.distributed.team import leads
 from v4surgery.recipes import dump_recipe
 from v4surgery.slicers.basis_file import BasisFile
 from v4surgery.slicers.decoding import Decoder, find_decoder
@@ -129,7 +130,7 @@ def slice_plan(plan: Plan, out: Path, options: WriteOptions) -> Replica:
     def prepare() -> None:
         nonlocal bases
         if plan.bases:
-            if options.team is None or options.team.is_first:
+            if leads(options.team):
                 bases = prepare_bases(plan, out, options.progress)
             else:
                 bases = BasisFile(LocalFolder(out), plan.bases)

@@ -11,6 +11,7 @@ import torch
 
 from v4surgery.checkpoint.reader import Checkpoint
 from v4surgery.distributed.parent import require_same
+from v4surgery.distributed.team import leads
 from v4surgery.errors import UsageError
 from v4surgery.model.numerics import Numerics
 from v4surgery.model.streaming import BlockTiming, Streamer, StreamOptions
@@ -81,7 +82,7 @@ def record_trace(
     team = None if options is None else options.team
     require_same(team, checkpoint)
     # The other ranks take part in the forward and keep nothing.
-    writer = TraceWriter(out, store_dtype) if team is None or team.is_first else None
+    writer = TraceWriter(out, store_dtype) if leads(team) else None
     about: dict[str, Any] | None = None
     try:
         with Streamer(checkpoint, numerics, device, options) as streamer:
