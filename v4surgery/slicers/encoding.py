@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from v4surgery import formats
 from v4surgery.catalogue import F16, F32, FP4, FP8_F32
+from v4surgery.slicers.blocks import by_block, over_blocks
 
 
 def narrowed(values: NDArray[np.float32], fmt: str) -> NDArray[Any]:
@@ -40,9 +41,7 @@ def quantized(
     else:
         dtype = "F32" if fmt == FP8_F32 else "F8_E8M0"
         code8, scale8 = formats.quantize_fp8(values, dtype)  # type: ignore[call-overload]
-    spread = np.repeat(np.repeat(scale8, formats.FP8_BLOCK, 0), formats.FP8_BLOCK, 1)
-    spread = spread[: code8.shape[0], : code8.shape[1]]
-    return code8, scale8, formats.decode_fp8(code8, np.ascontiguousarray(spread), "f32")
+    return code8, scale8, formats.decode_fp8(code8, over_blocks(scale8, code8.shape), "f32")
 
 
 def largest_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -50,10 +49,6 @@ def largest_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
 
     A block in which no scale is finite and unlike 0 holds no other number than 0: 1 serves.
     """
-    row_starts = np.arange(0, scales.shape[0], formats.FP8_BLOCK)
-    col_starts = np.arange(0, scales.shape[1], formats.FP8_BLOCK)
-    usable = np.where(np.isfinite(scales), np.abs(scales), np.float32(0))
-    by_row = np.maximum.reduceat(usable, row_starts, axis=0)
-    result: NDArray[np.float32] = np.maximum.reduceat(by_row, col_starts, axis=1)
+    result = by_block(np.maximum, np.where(np.isfinite(scales), np.abs(scales), np.float32(0)))
     result[result == 0] = 1
     return result

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from v4surgery import formats
 from v4surgery.formats import ErrorStats
+from v4surgery.slicers.blocks import by_block, over_blocks
 
 U8Array = NDArray[np.uint8]
 _GROUP_BYTES = formats.FP4_GROUP // 2
@@ -44,9 +45,8 @@ def fp4_to_fp8(packed: U8Array, scales: U8Array) -> tuple[U8Array, U8Array, Erro
         amax = largest * formats.E8M0_VALUES[scales]
     if not np.isfinite(amax).all():
         return None
-    block_scales = _block_scales(amax)
-    spread = np.repeat(np.repeat(block_scales, formats.FP8_BLOCK, 0), _GROUPS, 1)
-    d = scales.astype(np.int16) - spread[: scales.shape[0], : scales.shape[1]]
+    block_scales = formats.e8m0_scales(by_block(np.maximum, amax, _GROUPS), formats.E4M3_MAX)
+    d = scales.astype(np.int16) - over_blocks(block_scales, scales.shape, _GROUPS)
     d[largest == 0] = 0  # zeros are zeros under any scale
     if d.min(initial=0) < _LOWEST:
         return None
@@ -63,13 +63,6 @@ def _largest_code(groups: U8Array) -> U8Array:
         halves = np.maximum(halves[..., :middle], halves[..., middle:])
     largest: U8Array = halves[..., 0]
     return largest
-
-
-def _block_scales(amax: NDArray[np.float32]) -> U8Array:
-    rows = np.arange(0, amax.shape[0], formats.FP8_BLOCK)
-    cols = np.arange(0, amax.shape[1], _GROUPS)
-    by_row = np.maximum.reduceat(amax, rows, axis=0)
-    return formats.e8m0_scales(np.maximum.reduceat(by_row, cols, axis=1), formats.E4M3_MAX)
 
 
 def _nothing_lost(groups: U8Array, scales: U8Array) -> ErrorStats:

@@ -16,6 +16,7 @@ from v4surgery import formats
 from v4surgery.catalogue import FP4, FP8, FP8_F32
 from v4surgery.checkpoint.job import Job
 from v4surgery.errors import V4SurgeryError
+from v4surgery.slicers.blocks import by_block
 from v4surgery.slicers.edit import REMAP, TensorEdit
 from v4surgery.slicers.plan import Plan
 
@@ -65,12 +66,12 @@ class Tally:
 
     def count_requantized(self, values: NDArray[np.float32], again: NDArray[np.float32]) -> None:
         """Count what quantization changed; ``again`` is what the codes stand for."""
-        changed = _by_block(values != again) if self.edit.fmt in (FP8, FP8_F32) else None
         stats = formats.quantized_error(values, again)
-        if changed is None:
+        if self.edit.fmt not in (FP8, FP8_F32):
             self.add(stats)
-        else:  # a chunk is whole rows of blocks
-            self.add(stats, changed.size, int(np.count_nonzero(changed)))
+            return
+        changed = by_block(np.logical_or, values != again)  # a chunk is whole rows of blocks
+        self.add(stats, changed.size, int(np.count_nonzero(changed)))
 
     def add(
         self, stats: formats.ErrorStats, blocks: int | None = None, blocks_changed: int = 0
@@ -139,12 +140,3 @@ def _requantization(state: Mapping[str, Any]) -> dict[str, Any]:
         "relative_rms": float(f"{relative:.6g}"),
         "max_abs": float(f"{state['max_abs']:.6g}"),
     }
-
-
-def _by_block(flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Whether any value of each 128x128 block is flagged."""
-    row_starts = np.arange(0, flags.shape[0], formats.FP8_BLOCK)
-    col_starts = np.arange(0, flags.shape[1], formats.FP8_BLOCK)
-    by_row = np.logical_or.reduceat(flags, row_starts, axis=0)
-    result: NDArray[np.bool_] = np.logical_or.reduceat(by_row, col_starts, axis=1)
-    return result

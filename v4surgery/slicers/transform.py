@@ -239,9 +239,7 @@ class EditJob:
     def _requantize(self, source: StoredTensorRef, begin: int, end: int) -> Buffers:
         edit = self.edit
         if source.fmt == FP4 and edit.fmt == FP8 and edit.cols is None:
-            found = self._by_table(source, begin, end)
-            if found is not None:
-                return found
+            return self._fp4_to_fp8(source, begin, end)
         parts: list[NDArray[np.float32]] = []
         scale_parts: list[NDArray[Any]] = []
         for rows, cols in self._pieces(begin, end):
@@ -256,17 +254,21 @@ class EditJob:
             return self._quantized(values, largest_scales(np.concatenate(scale_parts)))
         return self._quantized(values)
 
-    def _by_table(self, source: StoredTensorRef, begin: int, end: int) -> Buffers | None:
-        """FP8 of whole rows of FP4 that lose nothing; None where some would."""
+    def _fp4_to_fp8(self, source: StoredTensorRef, begin: int, end: int) -> Buffers:
+        """FP8 of whole rows of FP4: by table where they lose nothing, else by value."""
         assert source.scale is not None
         ((rows, _),) = self._pieces(begin, end)
         packed = self.parent.read_rows(source.weight, rows)
-        found = fp4_to_fp8(packed, self.parent.read_rows(source.scale, rows))
-        if found is None:
-            return None
-        codes, scales, stats = found
-        self.tally.add(stats, scales.size)
-        return codes, scales
+        scales = self.parent.read_rows(source.scale, rows)
+        found = fp4_to_fp8(packed, scales)
+        if found is not None:
+            codes, block_scales, stats = found
+            self.tally.add(stats, block_scales.size)
+            return codes, block_scales
+        spread = np.repeat(scales, formats.FP4_GROUP, axis=1)
+        values = decode(FP4, formats.unpack_fp4(packed), spread, "f32")
+        self.tally.check_finite(~np.isfinite(values))
+        return self._quantized(values)
 
     def _quantized(
         self, values: NDArray[np.float32], block_scales: NDArray[np.float32] | None = None
